@@ -767,8 +767,8 @@ class BodyDecoder:
     def __init__(self, length: Optional[int], chunked: bool, coding: str = "") -> None:
         self._left = length
         self._chunks = ChunkedDecoder() if chunked else None
-        self._inflate = zlib.decompressobj(47) if coding in ("gzip", "x-gzip", "deflate") else None
-        self._raw_deflate = coding == "deflate"
+        self._inflate = zlib.decompressobj(31) if coding in ("gzip", "x-gzip") else None
+        self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
         self.done = length == 0 and not chunked
         self.clean = True               # nothing followed the body: the connection may be used again
 
@@ -787,7 +787,7 @@ class BodyDecoder:
                 data, self.clean = data[:self._left], False
             self._left -= len(data)
             self.done = self._left == 0
-        return self._decompress(data) if self._inflate else data
+        return self._decompress(data) if self._inflate or self._deflate is not None else data
 
     def close(self) -> None:
         """The connection ended.  Raises StreamTruncated unless that is how this body ends."""
@@ -796,14 +796,18 @@ class BodyDecoder:
         self.done, self.clean = True, False
 
     def _decompress(self, data: bytes) -> bytes:
+        if self._deflate is not None:
+            # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2).
+            data = self._deflate + data
+            self._deflate = data if len(data) < 2 else None
+            if self._deflate is not None:
+                return b""
+            is_zlib = data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
+            self._inflate = zlib.decompressobj(15 if is_zlib else -15)
         try:
             return self._inflate.decompress(data)
         except zlib.error:
-            if not self._raw_deflate:
-                raise BadUpstreamPayload("upstream sent a broken compressed body") from None
-        # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2).
-        self._raw_deflate, self._inflate = False, zlib.decompressobj(-15)
-        return self._decompress(data)
+            raise BadUpstreamPayload("upstream sent a broken compressed body") from None
 
 
 def one_line(text: Any, limit: int = 500) -> str:
@@ -835,6 +839,7 @@ def sniff_media_type(data: str) -> str:
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.A)
 _URLSAFE = str.maketrans("-_", "+/")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 
 
 def parse_image(value: Any) -> Optional[Image]:
@@ -857,10 +862,8 @@ def parse_image(value: Any) -> Optional[Image]:
     if "-" in data or "_" in data:
         data = data.translate(_URLSAFE)
     data += "=" * (-len(data) % 4)
-    try:
-        binascii.a2b_base64(data)
-    except ValueError as error:
-        raise BadRequest(f"illegal base64 data in image: {error}") from None
+    if len(data) % 4 or not _BASE64.fullmatch(data):
+        raise BadRequest("illegal base64 data in image")
     sniffed = sniff_media_type(data)
     named = match[1] if match and match[1] and match[1] != "image/jpg" else ""
     return Image(data=data, media_type=sniffed if sniffed != "image/jpeg" or not named else named)
@@ -1942,12 +1945,12 @@ def tie_results(messages: tuple) -> tuple:
     order.  A call nobody answered gets an empty result; a result whose call was cut off gets its call back.
     """
     turns: list = []
-    waiting: list = []              # [id as sent, id as used, name, place of its result in turns or None]
-    place = 0                       # where the next result of the running batch goes
+    # [id as sent, id as used, name, place of its result in turns or None], and a fifth item while that
+    # place is only held.
+    waiting: list = []
     seen: set = set()
 
     def settle() -> None:           # another turn begins: whoever still waits is answered for
-        nonlocal place
         for entry in waiting:
             if entry[3] is None:
                 entry[3] = len(turns)
@@ -1958,12 +1961,14 @@ def tie_results(messages: tuple) -> tuple:
         if message.role == "tool":
             entry = _waiting_call(waiting, message)
             if entry is None:
-                new = message.tool_call_id or call_id(number, message.tool_name, message.content)
-                name = message.tool_name or "unknown"
+                new, name = message.tool_call_id, message.tool_name or "unknown"
+                if not new or new in seen:
+                    new = call_id(number, name, message.content)
+                seen.add(new)
                 settle()
                 turns.append(Message("assistant", tool_calls=(ToolCall(new, name, {}),)))
                 entry = [message.tool_call_id, new, name, None]
-                waiting = [entry]
+                waiting = [held for held in waiting if len(held) > 4] + [entry]
             result = message._replace(tool_call_id=entry[1], tool_name=entry[2])
             if entry[3] is None:
                 entry[3] = len(turns)
@@ -1972,8 +1977,7 @@ def tie_results(messages: tuple) -> tuple:
                 turns[entry[3]] = result
                 entry.pop()
             continue
-        if message.role != "assistant" or message.tool_calls:
-            settle()
+        settle()
         if message.tool_calls:
             calls = []
             waiting = [entry for entry in waiting if len(entry) > 4]    # late results may still come
@@ -2384,8 +2388,7 @@ class OpenAIDecoder:
             self._timings = value["timings"]
         for choice in as_list(value.get("choices")):
             if isinstance(choice, dict) and choice.get("index") in (0, None):
-                self._choice(choice, events, whole or value.get("object") == "chat.completion"
-                             and "delta" not in choice)
+                self._choice(choice, events, whole or ("message" in choice and "delta" not in choice))
 
     def _take_usage(self, usage: Any) -> None:
         if isinstance(usage, dict) and any(as_count(number) for number in usage.values()):
@@ -3568,11 +3571,11 @@ class Upstream:
 
     # -- requests
 
-    def open(self, target: Target, method: str, path: str, headers: Iterable, body: bytes, cancel: Cancel,
+    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any, cancel: Cancel,
              timeout: Optional[float] = None) -> Reply:
         """Sends one request; returns when the head of the answer is there.
 
-        `path` is complete.  A pooled connection that turns out dead before a byte of an answer is
+        `path` is complete; `body` is bytes, or pieces that are sent chunked as they come.  A pooled connection that turns out dead before a byte of an answer is
         replaced once.  Redirects are followed on the same scheme, host and port only.
         Raises UpstreamUnreachable, UpstreamTimeout, BadUpstreamPayload or ClientGone.
         """
@@ -3591,7 +3594,7 @@ class Upstream:
             path = where.path + (f"?{where.query}" if where.query else "")
         raise UpstreamError(f"{target.url} redirects in circles")
 
-    def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: bytes, cancel: Cancel,
+    def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any, cancel: Cancel,
                   timeout: Optional[float]) -> Reply:
         via = self._proxy_for(target)
         plain_proxy = via is not None and target.scheme == "http"
@@ -3600,13 +3603,16 @@ class Upstream:
         lines += [f"{name}: {value}" for name, value in headers]
         if plain_proxy and via[2]:
             lines.append(f"Proxy-Authorization: {via[2]}")
-        if body or method in ("POST", "PUT", "PATCH"):
+        if not isinstance(body, bytes):
+            lines.append("Transfer-Encoding: chunked")
+        elif body or method in ("POST", "PUT", "PATCH"):
             lines.append(f"Content-Length: {len(body)}")
         wire = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
         patience = timeout or self._config.timeout
         key = (target.scheme, target.host, target.port, via[:2] if via else None, patience)
         for fresh in (False, True):
-            sock = None if fresh else self._take(key)
+            # A body that streams can be sent once: not on a connection that may be dead.
+            sock = None if fresh or not isinstance(body, bytes) else self._take(key)
             reused = sock is not None
             if sock is None:
                 sock = self._dial(target, via, cancel, min(self._config.connect_timeout, timeout or 1e9))
@@ -3629,12 +3635,15 @@ class Upstream:
                 raise
         raise AssertionError("unreachable")
 
-    def _ask(self, sock: socket.socket, wire: bytes, body: bytes, cancel: Cancel, deadline: float,
+    def _ask(self, sock: socket.socket, wire: bytes, body: Any, cancel: Cancel, deadline: float,
              target: Target) -> tuple:
         """One request on one connection -> (parsed head, bytes after it)."""
         broken: Optional[OSError] = None
         try:
-            if len(body) < 65536:
+            if not isinstance(body, bytes):
+                sock.sendall(wire)
+                self._upload(sock, body)
+            elif len(body) < 65536:
                 sock.sendall(wire + body)
             else:
                 sock.sendall(wire)
@@ -3674,6 +3683,13 @@ class Upstream:
                 raise BadUpstreamPayload(f"{target.url} sent headers of more than {MAX_HEAD_BYTES} bytes")
             if time.monotonic() > deadline:
                 raise UpstreamTimeout(f"{target.url} did not finish its headers in time")
+
+    @staticmethod
+    def _upload(sock: socket.socket, pieces: Iterable[bytes]) -> None:
+        """A body as it comes from the client.  What breaks on the client's side is no OSError of ours."""
+        for piece in pieces:
+            sock.sendall(http_chunk(piece))
+        sock.sendall(LAST_CHUNK)
 
     def receive(self, sock: socket.socket, cancel: Cancel) -> bytes:
         """One recv with the errors of room 3."""
@@ -4397,7 +4413,7 @@ def merge_info(old: ModelInfo, new: ModelInfo) -> ModelInfo:
     """What `new` tells, over what `old` told."""
     known = {name: value for name, value in new._asdict().items()
              if value not in (None, "", (), {}) and name not in ("id", "raw", "traits")}
-    return old._replace(**known, traits={**old.traits, **new.traits}, raw={**new.raw, **old.raw})
+    return old._replace(**known, traits={**old.traits, **new.traits}, raw=old.raw or new.raw)
 
 
 class Probe(NamedTuple):
@@ -4563,6 +4579,8 @@ class Catalogue:
             if "other" not in info.traits:
                 listed.append(info)
             for alias in aliases.get(info.id, ()):
+                if any(other.id == alias for other in models):
+                    continue            # an id that exists is never shadowed
                 entry = info._replace(alias=alias, shown=self.shown_name(alias, ""))
                 names["alias"][alias] = entry
                 listed.append(entry)
@@ -6370,7 +6388,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except OSError as error:
             if is_timeout(error):
                 raise BadRequest("the client took too long to send its request", 408, close=True) from None
-            raise
+            raise ClientGone("client closed the connection") from None
 
     def _read_head(self) -> Optional[bytes]:
         """The bytes of one request head, without its empty line; None when the client has left."""
@@ -6426,7 +6444,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             else:
                 data = self._receive()
                 if not data:
-                    raise ConnectionResetError("client left while sending its request")
+                    raise ClientGone("client left while sending its request")
             received += len(data)
             if time.monotonic() - started > config.client_timeout + received / BODY_BYTES_PER_SECOND:
                 raise BadRequest("the client took too long to send its request", 408, close=True)
