@@ -685,6 +685,7 @@ class ChunkedDecoder:
         self._trailers = False
         self._room = limit
         self.done = False
+        self.salvaged = b""             # content that came before the fault, when feed() raises
 
     @property
     def rest(self) -> bytes:
@@ -694,7 +695,16 @@ class ChunkedDecoder:
         """Returns the content bytes in `data`."""
         if self._buffer:
             data = self._buffer + data
-        pieces = []
+        pieces: list = []
+        try:
+            self._buffer = data[self._scan(data, pieces):]
+        except ValueError:
+            self.salvaged = b"".join(pieces)
+            raise
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _scan(self, data: bytes, pieces: list) -> int:
+        """Collects content into `pieces`; returns how far `data` was understood."""
         at, end = 0, len(data)
         while at < end and not self.done:
             if self._left:
@@ -713,8 +723,7 @@ class ChunkedDecoder:
                 raise ValueError("bare line feed in chunked coding")
             at = stop + 1
             self._line(line[:-1])
-        self._buffer = data[at:]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return at
 
     def _take(self, data: bytes, at: int, pieces: list) -> bool:
         """Moves content of the current chunk; False when its end has not arrived."""
@@ -771,6 +780,7 @@ class BodyDecoder:
         self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
         self.done = length == 0 and not chunked
         self.clean = True               # nothing followed the body: the connection may be used again
+        self.broken: Optional[BadUpstreamPayload] = None    # to be raised once what came before it is used
 
     def feed(self, data: bytes) -> bytes:
         """Returns body bytes.  Raises BadUpstreamPayload on broken framing or compression."""
@@ -778,7 +788,10 @@ class BodyDecoder:
             try:
                 data = self._chunks.feed(data)
             except ValueError as error:
-                raise BadUpstreamPayload(f"upstream broke its chunked coding: {error}") from None
+                self.broken = BadUpstreamPayload(f"upstream broke its chunked coding: {error}")
+                data = self._chunks.salvaged
+                if not data:
+                    raise self.broken from None
             if self._chunks.done:
                 self.done = True
                 self.clean = not self._chunks.rest
@@ -3516,6 +3529,8 @@ class Reply:
         Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, or ClientGone after an abort.
         """
         while not self.body.done:
+            if self.body.broken is not None:
+                raise self.body.broken
             data = self.take_rest()
             if not data:
                 data = self._upstream.receive(self.sock, self.cancel)
@@ -4037,7 +4052,9 @@ class Stream:
             else:
                 body.close()
                 out = b""
-            if body.done and not pipe.done:
+            if body.broken is not None:
+                out += pipe.fail(body.broken)
+            elif body.done and not pipe.done:
                 out += pipe.close()
         except ProxyError as error:
             return self._break(pump, now, error)
@@ -4599,7 +4616,7 @@ class Catalogue:
             if tag and name.endswith(f":{tag}"):
                 forms.append(name[:-len(tag) - 1])
         forms += [re.sub(r":[0-9]+$", "", form) for form in forms if re.search(r":[0-9]+$", form)]
-        forms.append(f"{name}:latest")
+        forms += [f"{form}:latest" for form in forms]
         for table in ("exact", "alias", "short"):
             for form in forms:
                 if form in names[table]:
@@ -5997,7 +6014,7 @@ def parse_request_head(head: bytes) -> Request:
         if len(line) > 16384:
             raise BadRequest("request line too long", 414, close=True)
         if re.search(rb" HTTP/[2-9]", line):
-            raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here", 505, close=True)
+            raise BadRequest("this version of HTTP is not spoken here", 505, close=True)
         raise BadRequest("malformed request line", close=True)
     if not _FIELDS.fullmatch(rest):
         raise BadRequest("malformed header", close=True)
@@ -6565,7 +6582,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             body = reply.body.feed(rest)
             if body:
                 first += response.pipe.feed(body)
-            if reply.body.done:
+            if reply.body.broken is not None:
+                first += response.pipe.fail(reply.body.broken)
+            elif reply.body.done:
                 first += response.pipe.close()
         self.connection.sendall(first)
         if response.pipe.done:

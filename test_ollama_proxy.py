@@ -780,9 +780,8 @@ MORE_STREAMS = [
      lines(thinking="on and on", reason="length")),
     ("F43b something that only begins like a tag", "chat", sse(delta("<thin"), delta("g>"), STOP), lines("<thing>")),
     ("F51 no index: a name begins a call", "chat",
-     sse(call_delta(part("f", '{"a":'), id=""), call_delta(part(None, "1}")), call_delta(part("g", "{}"), id=""), STOP)
-     if False else sse(call_delta({"id": "", **part("f", '{"a":')}), call_delta(part(None, "1}")),
-                       call_delta({"id": "", **part("g", "{}")}), STOP), lines(calls=[("f", {"a": 1}), ("g", {})])),
+     sse(call_delta({"id": "", **part("f", '{"a":')}), call_delta(part(None, "1}")),
+         call_delta({"id": "", **part("g", "{}")}), STOP), lines(calls=[("f", {"a": 1}), ("g", {})])),
     ("F54 constant id 0, finish stop", "chat",
      sse(call_delta({"index": 0, "id": "0", **part("f", "")}), call_delta({"index": 0, "id": "0", **part(None, "{}")}),
          STOP), lines(calls=[("f", {})])),
@@ -1116,8 +1115,7 @@ def test_generate_refuses_in_ollamas_words(body, text, status):
 
 def test_empty_fields_are_no_fields():
     body = rendered(tools=[], format="", options=None, keep_alive=None, think=None, messages=[
-        {"role": "user", "content": "a", "images": [], "tool_calls": []}, {"role": "user", "content": [], "images": ["", None]}
-        if False else {"role": "user", "content": [], "images": [""]}, {"role": "assistant"}])
+        {"role": "user", "content": "a", "images": [], "tool_calls": []}, {"role": "user", "content": [], "images": [""]}, {"role": "assistant"}])
     assert body == {"model": "m", "stream": True, "stream_options": {"include_usage": True},
                     "messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ""}]}
 
@@ -1753,6 +1751,7 @@ class ScriptedTarget:
         else:
             data = file.read(int(headers.get("content-length", 0)))
         method, path, _ = line.split(" ")
+        path = re.sub("^http://[^/]+", "", path)        # as a forward proxy's clients ask
         request = SimpleNamespace(method=method, path=path, headers=headers, data=data, json=None)
         try:
             request.json = json.loads(data) if data else None
@@ -2613,3 +2612,1236 @@ def test_a_closed_stdout_does_not_kill_the_service():
     broken.close()
     log._write(broken, "x")
     log._write(None, "x")
+
+
+# ----------------------------------------------------------------------------
+# The other way round: OpenAI clients, a native Ollama behind
+# ----------------------------------------------------------------------------
+
+TAGS = {"models": [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z", "size": 5, "digest": "ab" * 32,
+                    "details": {"family": "llama", "parameter_size": "8.0B"}} for name in ("llama3:latest", "glm-5:cloud", "qwen3:8b")]}
+
+
+def ndjson(*values):
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+NATIVE = ndjson({"model": "llama3", "message": {"role": "assistant", "content": "", "thinking": "hm"}, "done": False},
+                {"model": "llama3", "message": {"role": "assistant", "content": "Hello"}, "done": False},
+                {"model": "llama3", "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
+                 "prompt_eval_count": 4, "eval_count": 5})
+NATIVE_WHOLE = {"model": "llama3", "message": {"role": "assistant", "content": "Hello", "thinking": "hm"}, "done": True,
+                "done_reason": "stop", "prompt_eval_count": 4, "eval_count": 5}
+ASK = {"model": "llama3", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@fixture
+def ollama_target(target):
+    target.answers = {"/api/version": http_answer({"version": "0.33.0"}), "/api/tags": http_answer(TAGS),
+                      "/api/chat": http_stream(NATIVE, "application/x-ndjson")}
+    return target
+
+
+def test_e1_the_kind_of_target_is_found_out_by_asking(start, ollama_target):
+    proxy = start()
+    assert proxy.post("/v1/chat/completions", {**ASK, "stream": True}).status == 200
+    assert ollama_target.received[0].path == "/api/version"
+    assert len(ollama_target.calls("/api/version")) == 1
+    second = start("--target", ollama_target.url, environ={"OLLAMA_BASE_URL": "http://nowhere:1"})
+    assert second.context.api() == "ollama"
+    third = RunningProxy(environ={"OLLAMA_BASE_URL": ollama_target.url})
+    assert json.loads(third.call("GET", "/v1/models").data)["data"]
+    third.close()
+
+
+def test_the_kind_is_asked_again_when_the_target_was_down(start, ollama_target, monkeypatch):
+    monkeypatch.setattr(proxy_module, "DOWN_MEMORY", 0.0)
+    version = ollama_target.answers.pop("/api/version")
+    port = ollama_target.port
+    ollama_target._listener.close()
+    proxy = start("--target", f"http://127.0.0.1:{port}")
+    assert proxy.call("GET", "/v1/models").status == 502 and proxy.context.api() == "openai"
+    again = ScriptedTarget()
+    again.answers = {**ollama_target.answers, "/api/version": version}
+    proxy.context.target = proxy.context.target._replace(port=again.port)
+    assert proxy.context.api() == "ollama"
+    again.close()
+
+
+def test_e2_think_goes_to_the_list_and_to_nobody_else(start, ollama_target):
+    proxy = start(environ={"THINK_MODELS": "qwen3:8b, other"})
+    for model, body, wanted in (("glm-5:cloud", {}, True), ("qwen3:8b", {}, True), ("llama3", {}, None),
+                                ("glm-5:cloud", {"reasoning_effort": "none"}, False), ("llama3", {"think": True}, True)):
+        proxy.post("/v1/chat/completions", {**ASK, **body, "model": model, "stream": True})
+        assert ollama_target.calls("/api/chat")[-1].json.get("think") == wanted, model
+
+
+@cases("stream", [True, False])
+def test_e2_think_is_taken_back_from_a_model_that_cannot(start, ollama_target, stream):
+    refused = http_answer({"error": '"glm-5:cloud" does not support thinking'}, 400)
+    good = http_stream(NATIVE, "application/x-ndjson") if stream else http_answer(NATIVE_WHOLE)
+    ollama_target.answers["/api/chat"] = [refused, good]
+    proxy = start()
+    for count in (2, 3):
+        assert proxy.post("/v1/chat/completions", {**ASK, "model": "glm-5:cloud", "stream": stream}).status == 200
+        assert len(ollama_target.calls("/api/chat")) == count and "think" not in ollama_target.calls("/api/chat")[-1].json
+
+
+def test_e3_health_and_e4_models(start, ollama_target):
+    proxy = start()
+    assert json.loads(proxy.call("GET", "/health").data)["status"] == "ok"
+    models = json.loads(proxy.call("GET", "/v1/models").data)
+    assert models["object"] == "list" and [model["id"] for model in models["data"]] == ["llama3:latest", "glm-5:cloud", "qwen3:8b"]
+    assert all(model["object"] == "model" and isinstance(model["created"], int) for model in models["data"])
+    assert json.loads(proxy.call("GET", "/v1/models/llama3").data)["id"] == "llama3"
+    assert proxy.call("GET", "/v1/models/nope").status == 404
+
+
+def test_e5_e6_e7_chat_both_ways(start, ollama_target):
+    proxy = start()
+    body = {**ASK, "temperature": 0.5, "top_p": 0.8, "stop": ["x"], "max_tokens": 9}
+    answer = proxy.post("/v1/chat/completions", {**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert answer.headers["Content-Type"] == "text/event-stream" and answer.data.endswith(b"data: [DONE]\n\n")
+    values = [json.loads(frame[6:]) for frame in answer.data.decode().split("\n\n")[:-2]]
+    assert values[0]["choices"][0]["delta"]["reasoning_content"] == "hm" and values[1]["choices"][0]["delta"]["content"] == "Hello"
+    assert values[-2]["choices"][0]["finish_reason"] == "stop" and values[-1]["usage"]["total_tokens"] == 9
+    sent = ollama_target.calls("/api/chat")[-1].json
+    assert sent["options"] == {"temperature": 0.5, "top_p": 0.8, "stop": ["x"], "num_predict": 9} and sent["stream"] is True
+    assert sent["model"] == "llama3:latest" and "temperature" not in sent
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    whole = json.loads(proxy.post("/v1/chat/completions", ASK).data)
+    message = whole["choices"][0]["message"]
+    assert message["content"] == "Hello" and message["reasoning_content"] == message["reasoning"] == "hm"
+    assert whole["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9} and whole["model"] == "llama3"
+    assert "options" not in ollama_target.calls("/api/chat")[-1].json
+    one = start("--reasoning-field", "reasoning_content")
+    assert "reasoning" not in json.loads(one.post("/v1/chat/completions", ASK).data)["choices"][0]["message"]
+
+
+def test_e8_any_client_key_unless_one_is_set(start, ollama_target):
+    assert start().post("/v1/chat/completions", {**ASK, "stream": True}, {"Authorization": "Bearer sk-anything"}).status == 200
+    assert "authorization" not in ollama_target.calls("/api/chat")[-1].headers
+
+
+def test_completions_and_embeddings_over_an_ollama(start, ollama_target):
+    ollama_target.answers["/api/generate"] = http_stream(ndjson({"response": "A", "done": False}, {"response": "", "done": True, "done_reason": "length"}))
+    proxy = start()
+    answer = proxy.post("/v1/completions", {"model": "llama3", "prompt": "x", "suffix": "y", "stream": True}).data.decode()
+    values = [json.loads(frame[6:]) for frame in answer.split("\n\n")[:-2]]
+    assert values[0]["choices"][0]["text"] == "A" and values[-1]["choices"][0]["finish_reason"] == "length" and answer.endswith("[DONE]\n\n")
+    assert ollama_target.calls("/api/generate")[0].json["suffix"] == "y"
+    assert proxy.post("/v1/completions", {"model": "llama3", "prompt": [1, 2]}).status == 400
+    ollama_target.answers["/api/embed"] = http_answer({"embeddings": [[1.0, 0.5], [0.25, 2.0]], "prompt_eval_count": 3})
+    answer = json.loads(proxy.post("/v1/embeddings", {"model": "llama3", "input": ["a", "b"]}).data)
+    assert [item["embedding"] for item in answer["data"]] == [[1.0, 0.5], [0.25, 2.0]] and answer["usage"]["prompt_tokens"] == 3
+    answer = json.loads(proxy.post("/v1/embeddings", {"model": "llama3", "input": ["a", "b"], "encoding_format": "base64"}).data)
+    assert struct.unpack("<2f", base64.b64decode(answer["data"][1]["embedding"])) == (0.25, 2.0)
+    assert proxy.post("/v1/embeddings", {"model": "llama3", "input": [[1, 2]]}).status == 400
+
+
+def test_errors_of_an_ollama_come_in_openais_shape(start, ollama_target):
+    ollama_target.answers["/api/chat"] = http_answer({"error": "registry/llama3 does not support tools"}, 400)
+    answer = start().post("/v1/chat/completions", {**ASK, "tools": [{"type": "function", "function": {"name": "f"}}]})
+    error = json.loads(answer.data)["error"]
+    assert answer.status == 400 and error["message"].endswith("does not support tools") and error["type"] == "invalid_request_error"
+    assert len(ollama_target.calls("/api/chat")) == 1
+
+
+def test_set_gives_defaults_where_the_client_said_nothing(start, ollama_target):
+    proxy = start("--set", "llama*:num_ctx=32768,temperature=0.1,keep_alive=30m,think=false", "--set", "qwen*:num_ctx=1")
+    proxy.post("/v1/chat/completions", {**ASK, "stream": True})
+    sent = ollama_target.calls("/api/chat")[-1].json
+    assert sent["options"] == {"temperature": 0.1, "num_ctx": 32768} and sent["keep_alive"] == "30m" and sent["think"] is False
+    proxy.post("/v1/chat/completions", {**ASK, "stream": True, "temperature": 1, "options": {"num_ctx": 5}, "keep_alive": 0, "think": True})
+    sent = ollama_target.calls("/api/chat")[-1].json
+    assert sent["options"] == {"temperature": 1, "num_ctx": 5} and sent["keep_alive"] == 0 and sent["think"] is True
+    proxy.post("/api/chat", {**ASK, "options": {"temperature": 2}})
+    sent = ollama_target.calls("/api/chat")[-1].json
+    assert sent["options"] == {"num_ctx": 32768, "temperature": 2} and sent["keep_alive"] == "30m"
+
+
+def test_set_on_an_openai_target(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--set", "m:temperature=0.1,num_predict=9,num_ctx=5,think=false")
+    proxy.lines("/api/chat", {**CHAT, "options": {"temperature": 1}})
+    sent = target.calls("/v1/chat/completions")[-1].json
+    assert sent["temperature"] == 1 and sent["max_tokens"] == 9 and sent["reasoning_effort"] == "none" and "num_ctx" not in sent
+
+
+def test_api_is_relayed_untouched_to_an_ollama(start, ollama_target):
+    proxy = start()
+    odd = b'{ "model":"llama3",\n"messages" : [{"role":"user","content":"1.0"}], "x": 1.0 }'
+    assert proxy.post("/api/chat", odd).data == NATIVE
+    assert ollama_target.calls("/api/chat")[-1].data == odd
+    assert json.loads(proxy.call("GET", "/api/tags").data) == TAGS
+    ollama_target.answers["/api/create"] = http_stream(b'{"status":"success"}\n', "application/x-ndjson")
+    assert proxy.post("/api/create", {"model": "x"}).data == b'{"status":"success"}\n'
+    ollama_target.answers["/api/delete"] = http_answer(b"", 200, "")
+    assert proxy.call("DELETE", "/api/delete", {"model": "x"}).status == 200
+    ollama_target.answers["/api/blobs/sha256:y"] = http_answer(b"", 201, "")
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/blobs/sha256:y", b"", "Transfer-Encoding: chunked") + chunk(b"abc"))
+        sock.sendall(chunk(b"d" * 100000) + b"0\r\n\r\n")
+        assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 201")
+    assert ollama_target.calls("/api/blobs/sha256:y")[0].data == b"abc" + b"d" * 100000
+    ollama_target.answers["/api/brand-new"] = http_answer({"new": True})
+    assert json.loads(proxy.call("GET", "/api/brand-new").data) == {"new": True}
+    assert proxy.post("/api/chat", {**ASK, "model": "not-here"}).data == NATIVE          # the Ollama is the judge
+    proxy.post("/api/chat", {**ASK, "model": "llama3:proxy"})
+    assert ollama_target.calls("/api/chat")[-1].json["model"] == "llama3:latest"
+
+
+def test_think_is_injected_and_taken_back_on_the_native_relay(start, ollama_target):
+    ollama_target.answers["/api/chat"] = [http_answer({"error": '"x" does not support thinking'}, 400), http_stream(NATIVE, "application/x-ndjson")]
+    assert start().post("/api/chat", {**ASK, "model": "glm-5:cloud"}).data == NATIVE
+    sent = [request.json for request in ollama_target.calls("/api/chat")]
+    assert sent[0]["think"] is True and "think" not in sent[1]
+
+
+def test_a_filter_and_aliases_on_native_lists(start, ollama_target):
+    Path("models-filter.txt").write_text("llama3\nqwen3:8b\n")
+    proxy = start("--alias", "fast=qwen3:8b")
+    assert names_of(proxy) == ["llama3:latest", "qwen3:8b", "fast:latest"]
+    assert proxy.post("/api/chat", {**ASK, "model": "glm-5:cloud"}).status == 404
+    proxy.post("/api/chat", {**ASK, "model": "fast"})
+    assert ollama_target.calls("/api/chat")[-1].json["model"] == "qwen3:8b"
+
+
+def test_image_urls_for_an_ollama(start, ollama_target, monkeypatch):
+    def ask(proxy, url):
+        return proxy.post("/v1/chat/completions", {**ASK, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]})
+
+    answer = ask(start(), "https://example.com/a.png")
+    assert answer.status == 400 and "--fetch-images" in answer.data.decode()
+    proxy = start("--fetch-images")
+    picture = ScriptedTarget()
+    picture.answers["/a.png"] = http_answer(base64.b64decode("iVBORw0KGgo="), 200, "image/png")
+    for url in (f"{picture.url}/a.png", "http://10.0.0.1/a.png", "http://169.254.169.254/latest", "http://[::1]/x", "file:///etc/passwd"):
+        assert ask(proxy, url).status == 400
+    assert not picture.received
+    monkeypatch.setattr(proxy_module, "refuse_private", lambda address: None)
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    assert ask(proxy, f"{picture.url}/a.png").status == 200
+    assert ollama_target.calls("/api/chat")[-1].json["messages"][0]["images"] == ["iVBORw0KGgo="]
+    picture.answers["/a.png"] = b"HTTP/1.1 302 X\r\nLocation: /a.png\r\nContent-Length: 0\r\n\r\n"
+    assert "redirects" in ask(proxy, f"{picture.url}/a.png").data.decode()
+    picture.close()
+
+
+def test_two_proxies_in_a_row_give_the_direct_answers(start):
+    """OpenAI client -> proxy -> Ollama API -> proxy -> OpenAI server, against the server itself."""
+    demo = DemoServer()
+    inner = start("--target", demo.url)
+    outer = start("--target", inner.url)
+    direct = HTTPConnection("127.0.0.1", demo.server_address[1], timeout=PATIENCE)
+
+    def both(path, body):
+        direct.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return json.loads(direct.getresponse().read()), json.loads(outer.post(path, body).data)
+
+    tools = [{"type": "function", "function": {"name": "note", "parameters": {"type": "object", "properties": {}}}}]
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    for extra in ({}, {"tools": tools}, {"response_format": schema}):
+        body = {"model": "demo-chat", "messages": [{"role": "user", "content": "call me \U0001f999" if extra else "plain"}], **extra}
+        one, two = both("/v1/chat/completions", body)
+        message = [dict(answer["choices"][0]["message"]) for answer in (one, two)]
+        calls = [[(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in entry.get("tool_calls", ())] for entry in message]
+        assert calls[0] == calls[1] and (message[0]["content"] or None) == (message[1]["content"] or None)
+        assert one["choices"][0]["finish_reason"] == two["choices"][0]["finish_reason"] and one["usage"] == two["usage"]
+    one, two = both("/v1/embeddings", {"model": "demo-embed", "input": ["one", "two"]})
+    assert [item["embedding"] for item in one["data"]] == [item["embedding"] for item in two["data"]]
+    streamed = outer.post("/v1/chat/completions", {"model": "demo-chat", "stream": True, "messages": [{"role": "user", "content": "think hard"}]}).data
+    frames = [json.loads(frame[6:]) for frame in streamed.decode().split("\n\n")[:-2]]
+    text = "".join(frame["choices"][0]["delta"].get("content") or "" for frame in frames)
+    assert text == "You said: think hard" and frames[0]["choices"][0]["delta"]["reasoning_content"] == "The user wants an echo."
+    demo.shutdown()
+
+
+# ----------------------------------------------------------------------------
+# Safety: framing, limits, who may talk, what must not leak
+# ----------------------------------------------------------------------------
+
+HEAD = b"POST /api/show HTTP/1.1\r\nHost: localhost\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@cases("data", [
+    HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    HEAD + b"Content-Length: +5\r\n\r\nhello", HEAD + b"Content-Length: 5, 5\r\n\r\nhello", HEAD + b"Content-Length: 1_0\r\n\r\nhello",
+    HEAD + b"Content-Length: -1\r\n\r\n", HEAD + b"Content-Length: 0x5\r\n\r\nhello", HEAD + "Content-Length: \uff15\r\n\r\n".encode(),
+    HEAD + b"Content-Length:\r\n\r\nhello", HEAD + b"Content-Length : 5\r\n\r\nhello", HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n", HEAD + b"Transfer-Encoding: xchunked\r\n\r\n", HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", HEAD + b"X: a\r\n folded\r\n\r\n", HEAD + b" X: a\r\n\r\n",
+    HEAD + b"X: a\nY: b\r\n\r\n", HEAD + b"X: a\rY: b\r\n\r\n", HEAD + b"X: a\x00b\r\n\r\n", HEAD + b"X: a\x1bb\r\n\r\n", HEAD + b"no colon\r\n\r\n", HEAD + b": empty\r\n\r\n",
+    HEAD + b"X(): a\r\n\r\n", HEAD + b"Host: other\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/2.0\r\n\r\n", b"GET /\r\n\r\n", b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", b"get / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /\x7f HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\nHost: localhost\n\n", b"\x16\x03\x01\x02\x00\x01", HEAD + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n",
+    b"POST /api/show HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"])
+def test_bad_framing_is_refused_and_the_connection_closed(proxy, data):
+    answers = proxy.raw(data + SMUGGLED)
+    assert re.match(rb"HTTP/1\.1 (400|501|505) ", answers), answers
+    assert answers.count(b"HTTP/1.1 ") == 1 and b"smuggled" not in answers
+    assert isinstance(json.loads(answers.partition(b"\r\n\r\n")[2])["error"], str)
+
+
+@cases("prefix, status", [
+    (b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: 1\r\n" % at for at in range(150)), 431),
+    (b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70000, 431), (b"GET /" + b"a" * 17000 + b" HTTP/1.1\r\nHost: x", 414)])
+def test_heads_have_limits(proxy, prefix, status):
+    assert proxy.raw(prefix + b"\r\n\r\n").startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_pipelined_requests_are_answered_in_order(proxy):
+    data = proxy.raw(http_request("GET", "/api/version") + http_request("POST", "/api/show", {"model": "m"}) + http_request("POST", "/api/chat", CHAT)
+                     + http_request("GET", "/", b"", "Connection: close"))
+    places = [data.index(text) for text in (b'"version"', b'"model_info"', b'"done":true', b"Ollama is running")]
+    assert places == sorted(places) and data.count(b"HTTP/1.1 200") == 4
+
+
+def test_an_unread_body_never_becomes_the_next_request(proxy):
+    for path in ("/nothing", "/api/tags", "/api/version"):
+        data = proxy.raw(http_request("POST", path, SMUGGLED, "Connection: keep-alive") + http_request("GET", "/", b"", "Connection: close"))
+        assert b"smuggled" not in data and data.count(b"HTTP/1.1 ") <= 2
+    data = proxy.raw(http_request("GET", "/api/version", SMUGGLED) + http_request("GET", "/", b"", "Connection: close"))
+    assert data.count(b"HTTP/1.1 200") == 2 and data.endswith(b"Ollama is running")
+
+
+def test_http_1_0_and_keep_alive(proxy):
+    data = proxy.raw(http_request("POST", "/api/chat", CHAT, version="1.0"))
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert b"chunked" not in head and b"Connection: close" in head and [json.loads(line)["done"] for line in body.splitlines()] == [False, False, True]
+    data = proxy.raw(b"GET /api/version HTTP/1.0\r\n\r\n")
+    assert data.startswith(b"HTTP/1.1 200")
+    with proxy.dial() as sock:
+        for _ in range(2):
+            sock.sendall(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+            assert b"Connection: keep-alive" in read_until(sock, b"Ollama is running")
+
+
+def test_expect_100_continue(proxy):
+    body = json.dumps(CHAT).encode()
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", b"", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        assert read_until(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert b'"done":true' in read_until(sock, b"0\r\n\r\n")
+    data = proxy.raw(http_request("POST", "/api/chat", b"", "Content-Length: 999999999999", "Expect: 100-continue"))
+    assert data.startswith(b"HTTP/1.1 413 ") and b"100 Continue" not in data
+
+
+def test_chunked_and_compressed_request_bodies(proxy):
+    body = json.dumps(CHAT).encode()
+    chunked = b"".join(chunk(body[at:at + 5]) for at in range(0, len(body), 5)) + b"0\r\n\r\n"
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", b"", "Transfer-Encoding: chunked") + chunked + http_request("GET", "/api/version"))
+        assert b'"version"' in read_until(sock, b'"version"')
+    packed = gzip.compress(body)
+    assert proxy.post("/api/chat", packed, {"Content-Encoding": "gzip"}).status == 200
+    assert proxy.post("/api/chat", packed, {"Content-Encoding": "zstd"}).status == 415
+    assert proxy.post("/api/chat", packed[:-9], {"Content-Encoding": "gzip"}).status == 400
+
+
+def test_bodies_have_a_limit(start, target):
+    proxy = start("--max-body", "1000")
+    assert proxy.post("/api/show", {"model": "m", "x": "a" * 2000}).status == 413
+    assert proxy.raw(http_request("POST", "/api/show", b"", "Transfer-Encoding: chunked") + chunk(b"a" * 2000)).startswith(b"HTTP/1.1 413")
+    assert proxy.post("/api/show", gzip.compress(b"a" * 100000), {"Content-Encoding": "gzip"}).status == 413
+    # A client that writes everything before it reads still sees why.
+    with proxy.dial() as sock:
+        try:
+            sock.sendall(http_request("POST", "/api/show", b"a" * 3_000_000))
+        except ConnectionError:
+            pass
+        assert read_all(sock).startswith(b"HTTP/1.1 413")
+
+
+def test_a_slow_client_is_cut_off_and_others_are_not(start, target):
+    proxy = start("--client-timeout", "0.3")
+    slow = proxy.dial()
+    slow.sendall(b"GET /api/version HTTP/1.1\r\n")
+    drip = proxy.dial()
+    drip.sendall(http_request("POST", "/api/show", b"", "Content-Length: 100000") + b"{")
+    assert proxy.call("GET", "/api/version").status == 200
+    assert read_all(slow).startswith(b"HTTP/1.1 408") and read_all(drip).startswith(b"HTTP/1.1 408")
+    dripping = proxy.dial()
+    dripping.sendall(b"GET / HTTP/1.1\r\nX: ")
+    stop = threading.Event()
+
+    def drops():
+        try:
+            while not stop.wait(0.05):
+                dripping.sendall(b"a")
+        except OSError:
+            pass
+
+    threading.Thread(target=drops, daemon=True).start()
+    assert b"408" in read_all(dripping)         # every byte in time, the whole never
+    stop.set()
+    idle = proxy.dial()
+    assert read_all(idle) == b""
+    [sock.close() for sock in (slow, drip, dripping, idle)]
+
+
+def test_connections_have_a_limit(start, target):
+    proxy = start("--max-connections", "3")
+    held = [proxy.dial() for _ in range(3)]
+    for sock in held:
+        sock.sendall(http_request("GET", "/api/version"))
+        read_until(sock, b"version")
+    data = proxy.raw(b"")
+    assert data.startswith(b"HTTP/1.1 503") and b"Retry-After" in data and "busy" in json.loads(data.partition(b"\r\n\r\n")[2])["error"]
+    held[0].close()
+    for _ in range(200):
+        if b"200 OK" in proxy.raw(http_request("GET", "/", b"", "Connection: close")):
+            break
+    else:
+        raise AssertionError("the place of a client that left was not given to another")
+    [sock.close() for sock in held]
+
+
+@cases("host, allowed", [
+    ("localhost", 1), ("localhost:11434", 1), ("LOCALHOST", 1), ("127.0.0.1:5", 1), ("[::1]:80", 1), ("x.localhost", 1), ("host.docker.internal", 1), ("my.local", 1),
+    ("192.168.1.5", 1), ("10.0.0.1:1", 1), ("0.0.0.0", 1), ("evil.com", 0), ("8.8.8.8", 0), ("169.254.1.1", 0), ("ollama", 0), ("localhost.evil.com", 0), ("127.0.0.1.evil.com", 0)])
+def test_a_loopback_listener_answers_to_its_own_names_only(proxy, host, allowed):
+    data = proxy.raw(f"GET /api/version HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    assert data.startswith(b"HTTP/1.1 200" if allowed else b"HTTP/1.1 403")
+    if not allowed:
+        assert data.endswith(b"\r\n\r\n")
+
+
+@cases("origin, allowed", [
+    ("http://localhost", 1), ("http://localhost:3000", 1), ("https://127.0.0.1:8443", 1), ("http://0.0.0.0", 1), ("app://obsidian.md", 1), ("file://", 1),
+    ("tauri://localhost", 1), ("vscode-webview://abc", 1), ("https://evil.com", 0), ("null", 0), ("chrome-extension://abc", 0), ("http://localhost.evil.com", 0),
+    ("http://localhost:3000.evil.com", 0), ("http://[::1]:3000", 0)])
+def test_browser_origins_as_ollama(proxy, origin, allowed):
+    for method, path, body in (("GET", "/api/tags", None), ("POST", "/api/chat", CHAT), ("POST", "/api/nothing", {}), ("OPTIONS", "/any", None)):
+        answer = proxy.call(method, path, body, {"Origin": origin})
+        if allowed:
+            assert answer.status != 403 and answer.headers["Access-Control-Allow-Origin"] == origin and "Origin" in answer.headers["Vary"]
+            assert answer.headers["Access-Control-Allow-Credentials"] is None
+        else:
+            assert answer.status == 403 and answer.data == b"" and answer.headers["Access-Control-Allow-Origin"] is None
+
+
+def test_preflights_and_more_origins(start, target):
+    proxy = start("--origins", "https://chat.example.com,chrome-extension://*")
+    for origin in ("https://chat.example.com", "chrome-extension://abcdef", "http://localhost:1"):
+        answer = proxy.call("OPTIONS", "/api/chat", None, {"Origin": origin, "Access-Control-Request-Method": "POST",
+                                                           "Access-Control-Request-Headers": "content-type,x-stainless-os,bad header\u00a0"})
+        assert answer.status == 204 and answer.headers["Access-Control-Allow-Methods"] == "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
+        assert "x-stainless-os" in answer.headers["Access-Control-Allow-Headers"] and "bad header" not in answer.headers["Access-Control-Allow-Headers"]
+    assert proxy.call("GET", "/api/tags", None, {"Origin": "https://chat.example.com.evil.com"}).status == 403
+    assert start(environ={"OLLAMA_ORIGINS": "*"}).call("GET", "/api/version", None, {"Origin": "https://any.where"}).status == 200
+    same = proxy.call("GET", "/api/version", None, {"Origin": f"http://127.0.0.1:{proxy.port}"})
+    assert same.status == 200 and same.headers["Access-Control-Allow-Origin"] is None
+
+
+def test_a_client_key_is_asked_for_and_never_passed_on(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--client-key", "ck-secr\u00e9t-key", "--target-api", "openai")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"Authorization": "Basic ck"}, {"Authorization": "Bearer \u00ff"}):
+        answer = proxy.call("GET", "/api/tags", None, headers)
+        assert answer.status == 401 and "key" in json.loads(answer.data)["error"]
+    assert json.loads(proxy.call("GET", "/v1/models").data)["error"]["type"] == "authentication_error"
+    plain = start("--client-key", "ck-secret-key", "--target-api", "openai")
+    for headers in ({"Authorization": "Bearer ck-secret-key"}, {"X-Api-Key": "ck-secret-key"}):
+        assert plain.post("/api/chat", CHAT, headers).status == plain.post("/v1/chat/completions", CHAT, headers).status == 200
+    assert plain.call("GET", "/").status == 200 and plain.call("OPTIONS", "/api/chat", None, {"Origin": "http://localhost"}).status == 204
+    assert not any("ck-" in str(request.headers) for request in target.received)
+
+
+def test_the_targets_key_goes_to_the_target_and_nowhere_else(start, target):
+    other = ScriptedTarget()
+    target.answers["/v1/chat/completions"] = f"HTTP/1.1 307 X\r\nLocation: {other.url}/v1/chat/completions\r\nContent-Length: 0\r\n\r\n".encode()
+    proxy = start("--api-key", "sk-target-key", "--target-api", "openai")
+    answer = proxy.post("/api/chat", CHAT)
+    assert answer.status == 502 and other.url in json.loads(answer.data)["error"] and not other.received
+    target.answers["/v1/chat/completions"] = b"HTTP/1.1 308 X\r\nLocation: /v2/chat\r\nContent-Length: 0\r\n\r\n"
+    target.answers["/v2/chat"] = http_stream(HELLO)
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+    assert target.calls("/v2/chat")[0].headers["authorization"] == "Bearer sk-target-key" and target.calls("/v2/chat")[0].json["model"] == "m"
+    target.answers["/v1/chat/completions"] = b"HTTP/1.1 308 X\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n"
+    assert "circles" in json.loads(proxy.post("/api/chat", CHAT).data)["error"]
+    for path in ("/health", "/api/tags", "/v1/models", "/api/version"):
+        assert b"sk-target" not in proxy.call("GET", path).data
+    other.close()
+
+
+def test_azure_keys_and_queries(start, target):
+    proxy = start("--target", f"{target.url}/openai/deployments/d?api-version=2024-01-01", "--api-key", "az-key", "--header", "X-Title: mine", "--target-api", "openai")
+    target.answers["/openai/deployments/d/models"] = http_answer(LIST)
+    target.answers["/openai/deployments/d/chat/completions"] = http_stream(HELLO)
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+    sent = target.calls("/openai/deployments/d/chat/completions")[0]
+    assert sent.path.endswith("?api-version=2024-01-01") and sent.headers["x-title"] == "mine"
+    assert config("--target", "https://x.openai.azure.com/openai/v1", "--api-key", "k").destination.key_header == "api-key"
+
+
+# -- cancellation
+
+
+def silent(talk):
+    talk.go = talk.target.go.set()
+    talk.wait_closed()
+
+
+def silent_after_head(talk):
+    talk.send(stream_head())
+    silent(talk)
+
+
+def silent_mid_stream(talk):
+    talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+    silent(talk)
+
+
+def silent_whole(talk):
+    talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+    silent(talk)
+
+
+PHASES = [("before the headers", silent, "/api/chat", True), ("after the headers", silent_after_head, "/api/chat", True),
+          ("in mid-stream", silent_mid_stream, "/api/chat", True), ("while a whole answer is read", silent_whole, "/api/chat", False),
+          ("in a relayed stream", silent_mid_stream, "/v1/chat/completions", True), ("in a relay before the headers", silent, "/v1/chat/completions", False)]
+POLLERS = [pytest.param("EpollPoller", marks=pytest.mark.skipif(not hasattr(__import__("select"), "epoll"), reason="no epoll here")), "SelectorPoller"] if pytest else []
+
+
+@cases("poller", POLLERS)
+@cases("name, script, path, stream", PHASES, ids=[row[0] for row in PHASES])
+def test_a_client_that_leaves_takes_the_target_with_it(start, target, poller, name, script, path, stream):
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai", poller=getattr(proxy_module, poller)())
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", path, {**CHAT, "stream": stream}))
+    assert target.go.wait(PATIENCE)
+    if script is silent_mid_stream:
+        read_until(sock, b"Hel")
+    sock.close()
+    assert target.peer_closed.wait(PATIENCE)
+    assert '" 499 ' in proxy.wait_logged(path)
+    assert proxy.call("GET", "/api/version").status == 200 and not proxy.errors
+
+
+def test_a_client_that_leaves_ends_the_wait_for_a_loading_server(start, target):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "Loading model"}}, 503, "application/json", "Retry-After: 30")
+    proxy = start("--target-api", "openai")
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    target.wait_for("/v1/chat/completions")
+    sock.close()
+    assert '" 499 ' in proxy.wait_logged("/api/chat") and len(target.calls("/v1/chat/completions")) == 1
+
+
+def test_pipelined_bytes_are_no_hangup(start, target):
+    def slowly(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(sse(delta("lo"), STOP)) + b"0\r\n\r\n")
+        talk.released = True
+
+    target.answers["/v1/chat/completions"] = slowly
+    for poller in ("EpollPoller", "SelectorPoller"):
+        if not hasattr(__import__("select"), "epoll") and poller == "EpollPoller":
+            continue
+        target.go.clear()
+        proxy = start("--target-api", "openai", poller=getattr(proxy_module, poller)())
+        with proxy.dial() as sock:
+            sock.sendall(http_request("POST", "/api/chat", CHAT))
+            first = read_until(sock, b"Hel")
+            sock.sendall(http_request("GET", "/api/version"))
+            target.go.set()
+            rest = read_until(sock, b'"version"')
+            assert b'"done":true' in first + rest and not proxy.errors
+
+
+# -- truth about streams
+
+
+def cut(*data):
+    def script(talk):
+        for piece in data:
+            talk.send(piece)
+    return script
+
+
+CUTS = [("in the middle of a chunk", cut(stream_head(), b"fff\r\n" + sse(delta("Hel"), done=False))),
+        ("between chunks", cut(stream_head(), chunk(sse(delta("Hel"), done=False)))),
+        ("the last chunk, but no finish", cut(stream_head(), chunk(sse(delta("Hel"), done=False)) + b"0\r\n\r\n")),
+        ("before the promised length", cut(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + sse(delta("Hel"), done=False))),
+        ("at the end of a bare body without finish", cut(b"HTTP/1.0 200 OK\r\n\r\n" + sse(delta("Hel"), done=False))),
+        ("by broken chunk framing", cut(stream_head(), chunk(sse(delta("Hel"), done=False)) + b"zz\r\n"))]
+
+
+@cases("name, script", CUTS, ids=[row[0] for row in CUTS])
+def test_a_stream_that_is_cut_ends_in_an_error_line(start, target, name, script):
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    values = proxy.lines("/api/chat", CHAT)
+    assert values[0]["message"]["content"] == "Hel" and set(values[-1]) == {"error"} and len(values) == 2
+    answer = proxy.post("/api/chat", {**CHAT, "stream": False})
+    assert answer.status == 502 and "upstream" in json.loads(answer.data)["error"]
+    assert "done" not in json.loads(answer.data)
+
+
+def test_a_relayed_stream_that_is_cut_is_cut_for_the_client(start, target):
+    target.answers["/v1/chat/completions"] = cut(stream_head(), chunk(sse(delta("Hel"), done=False)))
+    proxy = start("--target-api", "openai")
+    data = proxy.raw(http_request("POST", "/v1/chat/completions", {**CHAT, "stream": True}))
+    assert b"Hel" in data and not data.endswith(b"0\r\n\r\n")
+
+
+HEADS = [("half a head", b"HTTP/1.1 200 OK\r\nContent-Len"), ("no HTTP", b"SSH-2.0-OpenSSH\r\n\r\n"), ("a broken header", b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n"),
+         ("two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"), ("an endless head", b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 20000),
+         ("a bad length", b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\n{}"), ("nothing at all", b""), ("brotli", b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 2\r\n\r\nxx")]
+
+
+@cases("name, data", HEADS, ids=[row[0] for row in HEADS])
+def test_a_broken_answer_is_502(start, target, name, data):
+    target.answers["/v1/chat/completions"] = cut(data)
+    proxy = start("--target-api", "openai")
+    for path in ("/api/chat", "/v1/chat/completions"):
+        answer = proxy.post(path, CHAT)
+        assert answer.status == 502 and answer.data and not [line for line in proxy.errors if "Traceback" in line]
+
+
+def test_interim_answers_are_not_the_answer(start, target):
+    target.answers["/v1/chat/completions"] = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + http_answer(WHOLE)
+    assert start("--target-api", "openai").lines("/api/chat", CHAT)[-1]["done"]
+
+
+def test_a_silent_target_is_504_or_an_error_line(start, target):
+    proxy = start("--target-api", "openai", "--timeout", "0.3")
+    target.answers["/v1/chat/completions"] = silent
+    answer = proxy.post("/api/chat", CHAT)
+    assert answer.status == 504 and "silent" in json.loads(answer.data)["error"]
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    values = proxy.lines("/api/chat", CHAT)
+    assert values[0]["message"]["content"] == "Hel" and "silent" in values[-1]["error"]
+
+
+def test_a_stale_connection_is_replaced_once_and_only_without_an_answer(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    proxy = start("--target-api", "openai")
+    assert proxy.post("/api/chat", CHAT).status == 200
+    seen = target.connections
+
+    def close_at_once(talk):
+        talk.sock.close()
+
+    target.answers["/v1/chat/completions"] = [close_at_once, http_answer(WHOLE)]
+    assert proxy.post("/api/chat", CHAT).status == 200          # idle connection died under the request
+    assert target.connections == seen + 1 and len(target.calls("/v1/chat/completions")) == 3
+    target.answers["/v1/chat/completions"] = [close_at_once, close_at_once, http_answer(WHOLE)]
+    assert proxy.post("/api/chat", CHAT).status == 502          # once, not twice
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    proxy.post("/api/chat", CHAT)
+    count = len(target.calls("/v1/chat/completions"))
+    target.answers["/v1/chat/completions"] = cut(b"H")
+    assert proxy.post("/api/chat", CHAT).status == 502          # a byte of an answer: never again
+    assert len(target.calls("/v1/chat/completions")) == count + 1
+
+
+def test_an_unasked_second_answer_is_served_to_nobody(start, target):
+    target.answers["/v1/chat/completions"] = [http_answer(WHOLE) + http_answer({"error": "poison"}, 418), http_answer(WHOLE)]
+    proxy = start("--target-api", "openai")
+    assert proxy.post("/api/chat", CHAT).status == proxy.post("/api/chat", CHAT).status == 200
+
+
+def test_connections_to_the_target_are_kept(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai")
+    with proxy.dial() as sock:
+        for _ in range(5):
+            sock.sendall(http_request("POST", "/api/chat", CHAT))
+            assert b'"done":true' in read_until(sock, b"0\r\n\r\n")
+    assert target.connections <= 2
+
+
+def test_a_slow_reader_slows_the_target_and_gets_everything(start, target):
+    total = 3000
+    sent = []
+
+    def blast(talk):
+        talk.send(stream_head())
+        for at in range(total):
+            talk.send(chunk(sse(delta(f"{at:05d}" + "x" * 4000), done=False)))
+            sent.append(at)
+        talk.send(chunk(sse(STOP)) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = blast
+    proxy = start("--target-api", "openai")
+    with proxy.dial() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(sock, b"00000")
+        while True:                     # until the target stands still, because nobody reads
+            before = len(sent)
+            threading.Event().wait(0.2)
+            if len(sent) == before:
+                break
+        assert len(sent) < total
+        data = read_until(sock, b'"done":true')
+    assert data.count(b"xxxx\",") == 0 and len(re.findall(rb"\d{5}xxxx", data)) >= total - 20
+
+
+# -- networks
+
+
+@fixture
+def certificate(tmp_path):
+    """A private CA's certificate for 127.0.0.1, made with openssl where there is one."""
+    path = tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+               "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"), "-out", str(path)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no openssl here")
+    both = tmp_path / "both.pem"
+    both.write_text((tmp_path / "key.pem").read_text() + path.read_text())
+    return SimpleNamespace(ca=str(path), both=str(both), key=str(tmp_path / "key.pem"))
+
+
+@fixture
+def tls_target(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.both)
+    scripted = ScriptedTarget(context)
+    scripted.answers["/v1/chat/completions"] = http_stream(HELLO)
+    yield scripted
+    scripted.close()
+
+
+def test_a_tls_target_with_a_private_ca(start, tls_target, certificate):
+    answer = start("--target", tls_target.url).post("/api/chat", CHAT)
+    assert answer.status == 502 and "--ca-file" in json.loads(answer.data)["error"]
+    for argv, environ in ((["--ca-file", certificate.ca], {}), ([], {"SSL_CERT_FILE": certificate.ca}), (["--insecure"], {})):
+        proxy = start("--target", tls_target.url, *argv, environ=environ)
+        assert [value["done"] for value in proxy.lines("/api/chat", CHAT)] == [False, False, True]
+        assert proxy.post("/v1/chat/completions", {**CHAT, "stream": True}).data == HELLO
+    tls_target.answers["/v1/chat/completions"] = silent_mid_stream
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    read_until(sock, b"Hel")
+    sock.close()
+    assert tls_target.peer_closed.wait(PATIENCE)
+
+
+def test_a_large_stream_through_tls_is_whole(start, tls_target, certificate):
+    tls_target.answers["/v1/chat/completions"] = http_stream(sse(*[delta(f"{at:06d}") for at in range(20000)], STOP))
+    proxy = start("--target", tls_target.url, "--ca-file", certificate.ca)
+    text = "".join(value["message"]["content"] for value in proxy.lines("/api/chat", CHAT))
+    assert text == "".join(f"{at:06d}" for at in range(20000))
+
+
+def test_a_client_certificate_is_shown(start, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.both)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(certificate.ca)
+    scripted = ScriptedTarget(context)
+    scripted.answers["/v1/chat/completions"] = http_stream(HELLO)
+    assert start("--target", scripted.url, "--ca-file", certificate.ca, "--client-cert", certificate.both).lines("/api/chat", CHAT)[-1]["done"]
+    assert start("--target", scripted.url, "--ca-file", certificate.ca).post("/api/chat", CHAT).status == 502
+    scripted.close()
+
+
+def test_tls_towards_clients(start, target, certificate):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--tls-cert", certificate.ca, "--tls-key", certificate.key, "--target-api", "openai")
+    context = ssl.create_default_context(cafile=certificate.ca)
+
+    def dial():
+        return context.wrap_socket(proxy.dial(), server_hostname="localhost")
+
+    with dial() as sock:
+        for _ in range(2):
+            sock.sendall(http_request("POST", "/api/chat", CHAT))
+            assert b'"done":true' in read_until(sock, b"0\r\n\r\n")
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    sock = dial()
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    read_until(sock, b"Hel")
+    sock.close()
+    assert target.peer_closed.wait(PATIENCE)
+    assert b"200" not in proxy.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    with pytest.raises(UsageError):
+        start("--tls-cert", "missing.pem")
+
+
+class TunnelProxy:
+    """A CONNECT proxy with a password; everything is tunnelled to one port, whatever name was asked for."""
+
+    def __init__(self, port):
+        self.requests = []
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        head = read_until(sock, b"\r\n\r\n")
+        self.requests.append(head)
+        if base64.b64encode(b"user:p@ss") not in head:
+            sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            sock.close()
+            return
+        far = socket.create_connection(("127.0.0.1", self._port))
+        if head.startswith(b"CONNECT"):
+            sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            far.sendall(head)
+
+        def pump(one, two):
+            try:
+                while True:
+                    data = one.recv(65536)
+                    if not data:
+                        break
+                    two.sendall(data)
+            except OSError:
+                pass
+            proxy_module.shut(two)
+
+        threading.Thread(target=pump, args=(far, sock), daemon=True).start()
+        pump(sock, far)
+
+    def close(self):
+        self._listener.close()
+
+
+def test_a_connect_proxy_with_a_password(start, tls_target, certificate, monkeypatch):
+    tunnel = TunnelProxy(tls_target.port)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:p%40ss@127.0.0.1:{tunnel.port}")
+    proxy = start("--target", "https://inference.example:8443/v1", "--insecure", "--target-api", "openai", "--api-key", "sk-target-key")
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+    assert tunnel.requests[0].startswith(b"CONNECT inference.example:8443 ") and b"sk-target" not in b"".join(tunnel.requests)
+    assert tls_target.calls("/v1/chat/completions")[0].headers["host"] == "inference.example:8443"
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:wrong@127.0.0.1:{tunnel.port}")
+    answer = start("--target", "https://inference.example:8443/v1", "--insecure", "--target-api", "openai").post("/api/chat", CHAT)
+    assert answer.status == 502 and "407" in answer.data.decode() and "wrong" not in answer.data.decode()
+    count = len(tunnel.requests)
+    assert start("--target", tls_target.url, "--insecure").lines("/api/chat", CHAT)[-1]["done"]     # loopback has no proxy
+    assert len(tunnel.requests) == count
+    tunnel.close()
+
+
+def test_a_plain_http_proxy_and_no_proxy(start, target, monkeypatch):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    tunnel = TunnelProxy(target.port)
+    monkeypatch.setenv("http_proxy", f"http://user:p%40ss@127.0.0.1:{tunnel.port}")
+    assert start("--target", "http://inference.example/v1", "--target-api", "openai").lines("/api/chat", CHAT)[-1]["done"]
+    assert b"http://inference.example/v1/" in tunnel.requests[0]
+    monkeypatch.setenv("no_proxy", "inference.example")
+    assert start("--target", "http://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT).status == 502
+    tunnel.close()
+
+
+def test_gzip_answers_are_unpacked(start, target):
+    packed = gzip.compress(json.dumps(WHOLE).encode())
+    target.answers["/v1/chat/completions"] = http_answer(packed, 200, "application/json", "Content-Encoding: gzip")
+    proxy = start("--target-api", "openai")
+    assert json.loads(proxy.post("/api/chat", {**CHAT, "stream": False}).data)["message"]["content"] == "Hello"
+    assert json.loads(proxy.post("/v1/chat/completions", CHAT).data) == WHOLE
+    target.answers["/v1/chat/completions"] = http_answer(gzip.compress(HELLO), 200, "text/event-stream", "Content-Encoding: gzip")
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+
+
+def test_ipv6(start, target):
+    try:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    port = listener.getsockname()[1]
+    listener.close()
+    proxy = RunningProxy("--listen", f"[::1]:{port}", "--target", target.url)
+    sock = socket.create_connection(("::1", port), timeout=PATIENCE)
+    sock.sendall(b"GET / HTTP/1.1\r\nHost: [::1]:%d\r\nConnection: close\r\n\r\n" % port)
+    assert b"Ollama is running" in read_all(sock)
+    sock.close()
+    answer = start("--target", f"http://[::1]:{port}").call("GET", "/api/tags")
+    assert answer.status == 200 and b"m:latest" in answer.data       # a proxy of our own kind behind us
+    proxy.close()
+
+
+# -- load
+
+
+def test_many_streams_at_once_are_complete_and_correct(start, target):
+    count, pieces = 200, 50
+
+    def script(talk):
+        mark = talk.request.json["messages"][0]["content"]
+        talk.send(stream_head())
+        for at in range(pieces):
+            talk.send(chunk(sse(delta(f"{mark}-{at} "), done=False)))
+        talk.send(chunk(sse(STOP)) + b"0\r\n\r\n")
+        talk.released = True
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    wrong = []
+
+    def one(number):
+        values = proxy.lines("/api/chat", {"model": "m", "messages": [{"role": "user", "content": f"s{number}"}]})
+        if "".join(value["message"]["content"] for value in values) != "".join(f"s{number}-{at} " for at in range(pieces)):
+            wrong.append(number)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc") if pytest else lambda f: f
+def test_nothing_grows_over_thousands_of_requests(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai")
+
+    def some(number):
+        with proxy.dial() as sock:
+            for _ in range(number):
+                sock.sendall(http_request("POST", "/api/chat", CHAT) + http_request("GET", "/api/version"))
+                read_until(sock, b'"version"')
+
+    some(50)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(20):
+        some(50)
+    proxy.raw(http_request("GET", "/", b"", "Connection: close"))
+    assert len(os.listdir("/proc/self/fd")) <= before[0] + 6 and threading.active_count() <= before[1] + 6
+    assert not proxy.context.pump._entries or len(proxy.context.pump._entries) <= 2
+
+
+def mutated(data, chance):
+    """A few bytes changed, dropped, doubled or put elsewhere."""
+    data = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data))
+        kind = chance.randrange(4)
+        if kind == 0:
+            data[at] = chance.randrange(256)
+        elif kind == 1:
+            del data[at:at + chance.randint(1, 8)]
+        elif kind == 2:
+            data[at:at] = data[at:at + chance.randint(1, 20)]
+        else:
+            data[at:at] = chance.choice([b"\r\n", b"\n", b"\0", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"{" * 50, b"\xff"])
+        if not data:
+            data = bytearray(b"x")
+    return bytes(data)
+
+
+def test_mutated_streams_never_crash_a_decoder():
+    chance = random.Random(11)
+    for _ in range(1500):
+        _, how, data, _ = chance.choice(ALL_STREAMS)
+        out = run_pipe([mutated(data or b"x", chance)], how if how != "prefill" else "chat")
+        last = json.loads(out.splitlines()[-1])
+        assert last.get("done") is True or set(last) == {"error"}
+
+
+def test_mutated_requests_never_crash_the_server(start, target, capfd):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai", "--client-timeout", "0.2")
+    valid = [http_request("POST", "/api/chat", CHAT), http_request("POST", "/v1/chat/completions", CHAT), http_request("GET", "/api/tags", b"", "Origin: http://localhost"),
+             http_request("POST", "/api/chat", b"", "Transfer-Encoding: chunked") + chunk(json.dumps(CHAT).encode()) + b"0\r\n\r\n"]
+    chance = random.Random(5)
+    for _ in range(250):
+        with proxy.dial() as sock:
+            sock.sendall(mutated(chance.choice(valid), chance))
+            sock.shutdown(socket.SHUT_WR)
+            for line in re.findall(rb"HTTP/1\.1 (\d+)", read_all(sock)):
+                assert line != b"500"
+    assert proxy.call("GET", "/api/version").status == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------
+# The program: command line, life cycle
+# ----------------------------------------------------------------------------
+
+
+def launch(*argv, source=None, **environ):
+    """The program in a process of its own, on a free port; returns it with the URL it printed."""
+    command = [sys.executable, *(source or [str(HERE / "ollama_proxy.py")]), "--listen", "127.0.0.1:0", *argv]
+    clean = {name: value for name, value in OWN.items() if not name.upper().endswith("_PROXY") and not name.startswith("OLLAMA")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**clean, "PYTHONUNBUFFERED": "1", **environ})
+    text = ""
+    for line in process.stdout:
+        text += line
+        if "for clients" in line:
+            break
+    found = re.search(r"OLLAMA_HOST=http://127\.0\.0\.1:(\d+)", text)
+    if not found:
+        process.kill()
+        raise AssertionError((text, process.communicate()))
+    process.port = int(found[1])
+    process.banner = text
+    return process
+
+
+def ask(port, method, path, body=None):
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection.request(method, path, json.dumps(body) if body else None)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_demo_shows_the_whole_path_from_source_given_with_c():
+    """pipx runs a URL as source: no __file__, no second file."""
+    source = (HERE / "ollama_proxy.py").read_text(encoding="utf-8")
+    command = [sys.executable, "-c", "import sys; source = sys.stdin.read(); sys.argv[0] = 'ollama_proxy'; exec(compile(source, '<string>', 'exec'), {'__name__': '__main__'})",
+               "--demo", "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write(source)
+    process.stdin.close()
+    port = None
+    for line in process.stdout:
+        found = re.search(r"listening on  http://127\.0\.0\.1:(\d+)", line)
+        if found:
+            port = int(found[1])
+        if "try it" in line:
+            break
+    status, data = ask(port, "POST", "/api/chat", {"model": "demo-chat", "messages": [{"role": "user", "content": "hello"}], "stream": False})
+    assert status == 200 and json.loads(data)["message"]["content"] == "You said: hello"
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    process.stdout.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX") if pytest else lambda f: f
+def test_sigterm_lets_streams_end_and_exits_0(target):
+    def slowly(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(sse(delta("lo"), STOP)) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = slowly
+    process = launch("--target", target.url, "--target-api", "openai")
+    assert "4 models" in process.banner and target.url in process.banner
+    idle = socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE)
+    idle.sendall(http_request("GET", "/api/version"))
+    read_until(idle, b"version")
+    sock = socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE)
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    first = read_until(sock, b"Hel")
+    process.send_signal(signal.SIGTERM)
+    assert read_all(idle) == b""                # idle connections end at once
+    target.go.set()
+    assert b'"done":true' in first + read_all(sock)
+    out, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "Traceback" not in errors
+    socket.create_server(("127.0.0.1", process.port)).close()       # the port is free at once
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX") if pytest else lambda f: f
+def test_a_second_signal_cuts_at_once(target):
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    process = launch("--target", target.url, "--target-api", "openai", "--grace", "1000")
+    sock = socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE)
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    read_until(sock, b"Hel")
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)      # the first may not have been noticed yet
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            pass
+    _, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors
+    sock.close()
+
+
+def run_program(*argv, **environ):
+    clean = {name: value for name, value in OWN.items() if not name.startswith(("OLLAMA", "OPENROUTER"))}
+    return subprocess.run([sys.executable, str(HERE / "ollama_proxy.py"), *argv], capture_output=True, text=True, timeout=PATIENCE * 2, env={**clean, **environ})
+
+
+def test_problems_at_start_are_one_clear_line():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        done = run_program("--listen", f"127.0.0.1:{busy.getsockname()[1]}")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "in use" in done.stderr and "--listen" in done.stderr
+    for argv, text in ((["--target", "openrouter"], "OPENROUTER_API_KEY"), (["--target", "http://a b"], "bad target URL"),
+                       (["--target", "http://127.0.0.1:5", "--listen", "127.0.0.1:5"], "this proxy listens on")):
+        done = run_program(*argv)
+        assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert run_program("--version").stdout.split() == ["ollama_proxy", proxy_module.__version__]
+
+
+def test_check_tells_what_it_found(target):
+    demo = DemoServer()
+    done = run_program("--check", "--target", demo.url)
+    assert done.returncode == 0 and "demo-chat" in done.stdout and re.search(r"stream +works", done.stdout)
+    target.close()
+    done = run_program("--check", "--target", f"http://127.0.0.1:{target.port}")
+    assert done.returncode == 1 and "refused" in done.stdout
+    demo.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork") if pytest else lambda f: f
+def test_workers_share_one_socket_and_end_together(target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    process = launch("--target", target.url, "--workers", "2")
+    for _ in range(20):
+        assert ask(process.port, "POST", "/api/chat", CHAT)[0] == 200
+    process.terminate()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", process.port), timeout=1)
+
+
+def test_a_warning_when_exposed_without_a_key():
+    for argv, warned in ((["--listen", "0.0.0.0:0"], True), (["--listen", "0.0.0.0:0", "--client-key", "abcd"], False), ([], False)):
+        running = RunningProxy("--target", "http://127.0.0.1:9", *argv)
+        proxy_module.banner(running.server)
+        assert any("--client-key" in line for line in running.errors) is warned
+        running.close()
+
+
+# ----------------------------------------------------------------------------
+# Documents agree with the program
+# ----------------------------------------------------------------------------
+
+
+def test_the_docstring_lists_every_route_and_every_room():
+    text = proxy_module.__doc__
+    for method, path in proxy_module.ROUTES:
+        assert re.search(rf"\b{method}\b[^\n]*(\n +[A-Z]*[^\n]*)*?{re.escape(path)}(\s|$)", text), (method, path)
+    source = (HERE / "ollama_proxy.py").read_text(encoding="utf-8")
+    rooms = re.findall(r"^# Room (\d+)\.  ([A-Z]\w+(?: \w+)?)", source, re.M)
+    listed = re.findall(r"^ +(\d+)  ([A-Z]\w+(?: \w+)?)  ", text, re.M)
+    assert [number for number, _ in rooms] == [number for number, _ in listed]
+    for (_, banner), (_, name) in zip(rooms, listed):
+        assert banner.startswith(name.split()[0]) or name.startswith(banner.split()[0]), (banner, name)
+
+
+def test_the_readme_lists_every_setting_and_every_route():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for row in proxy_module.SETTINGS:
+        assert all(f"`{flag}" in text for flag in row.flags.split()), row.flags
+        assert all(f"`{name}`" in text for name in row.variables[:1]), row.variables
+    for _, path in proxy_module.ROUTES:
+        assert f"`{path}`" in text, path
+
+
+def test_the_file_imports_the_standard_library_alone():
+    import ast
+    names = set()
+    for node in ast.walk(ast.parse((HERE / "ollama_proxy.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    known = getattr(sys, "stdlib_module_names", names)
+    assert names <= set(known) | {"__future__"}
+
+
+# ----------------------------------------------------------------------------
+# The official clients, where they are installed: the strictest judges there are
+# ----------------------------------------------------------------------------
+
+
+@fixture
+def demo_proxy(start):
+    demo = DemoServer()
+    yield start("--target", demo.url)
+    demo.shutdown()
+
+
+NOTE = {"type": "function", "function": {"name": "note", "description": "d", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}}}
+
+
+def test_the_official_ollama_client(demo_proxy):
+    ollama = pytest.importorskip("ollama")
+    client = ollama.Client(host=demo_proxy.url)
+    assert [model.model for model in client.list().models] == ["demo-chat:latest", "demo-embed:latest"]
+    shown = client.show("demo-chat")
+    assert shown.modelinfo["general.basename"] == "demo-chat" and "tools" in shown.capabilities
+    assert client.ps().models
+    turn = [{"role": "user", "content": "hello think"}]
+    answer = client.chat("demo-chat", turn)
+    assert answer.message.content == "You said: hello think" and answer.message.thinking and answer.eval_count > 0
+    parts = list(client.chat("demo-chat", turn, stream=True))
+    assert "".join(part.message.content for part in parts) == "You said: hello think" and parts[-1].done and parts[-1].done_reason == "stop"
+    call = client.chat("demo-chat", [{"role": "user", "content": "call it"}], tools=[NOTE]).message
+    assert call.tool_calls[0].function.name == "note" and call.tool_calls[0].function.arguments == {"text": "call it"}
+    history = [{"role": "user", "content": "call it"}, call, {"role": "tool", "tool_name": "note", "content": "done"}]
+    assert client.chat("demo-chat", history, tools=[NOTE]).message.content == "You said: done"
+    assert client.generate("demo-chat", "hi", system="s").response == "You said: hi"
+    assert "".join(part.response for part in client.generate("demo-chat", "hi", stream=True)) == "You said: hi"
+    assert json.loads(client.chat("demo-chat", turn, format={"type": "object"}).message.content) == {"echo": "hello think"}
+    assert len(client.embed("demo-embed", ["a", "b"]).embeddings) == 2 and client.embeddings("demo-embed", "a").embedding
+    assert client.generate("demo-chat", "").done_reason == "load"
+    assert client.pull("demo-chat").status == "success"
+    with pytest.raises(ollama.ResponseError) as caught:
+        client.chat("nope", turn)
+    assert caught.value.status_code == 404 and "not found" in caught.value.error
+    with pytest.raises(ollama.ResponseError):
+        client.delete("demo-chat")
+
+
+def check_openai(client, openai):
+    turn = [{"role": "user", "content": "hello"}]
+    assert {model.id for model in client.models.list()} >= {"demo-chat", "demo-embed"} or client.models.list().data
+    assert client.chat.completions.create(model="demo-chat", messages=turn).choices[0].message.content == "You said: hello"
+    chunks = list(client.chat.completions.create(model="demo-chat", messages=turn, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "You said: hello" and chunks[-1].usage.total_tokens
+    answer = client.chat.completions.create(model="demo-chat", messages=[{"role": "user", "content": "call it"}], tools=[NOTE])
+    assert answer.choices[0].finish_reason == "tool_calls" and json.loads(answer.choices[0].message.tool_calls[0].function.arguments) == {"text": "call it"}
+    pieces = [chunk.choices[0] for chunk in client.chat.completions.create(model="demo-chat", messages=[{"role": "user", "content": "call it"}], tools=[NOTE], stream=True)]
+    assert pieces[-1].finish_reason == "tool_calls" and any(piece.delta.tool_calls for piece in pieces)
+    assert len(client.embeddings.create(model="demo-embed", input=["a", "b"]).data) == 2
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
+    assert json.loads(client.chat.completions.create(model="demo-chat", messages=turn, response_format=schema).choices[0].message.content) == {"echo": "hello"}
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nope", messages=turn)
+
+
+def test_the_official_openai_client_over_the_relay(demo_proxy):
+    openai = pytest.importorskip("openai")
+    check_openai(openai.OpenAI(base_url=f"{demo_proxy.url}/v1", api_key="undefined", max_retries=0), openai)
+
+
+def test_the_official_openai_client_in_front_of_an_ollama(start, demo_proxy):
+    """The demo behind one proxy is the Ollama of a second one."""
+    openai = pytest.importorskip("openai")
+    outer = start("--target", demo_proxy.url, "--target-api", "ollama")
+    check_openai(openai.OpenAI(base_url=f"{outer.url}/v1", api_key="undefined", max_retries=0), openai)
+
+
+def test_the_official_openai_client_with_two_parallel_calls_and_a_picture(start, ollama_target):
+    openai = pytest.importorskip("openai")
+    calls = [{"function": {"name": "f", "arguments": {"n": at}}} for at in (1, 2)]
+    ollama_target.answers["/api/chat"] = http_stream(ndjson(
+        {"message": {"role": "assistant", "content": "", "tool_calls": calls[:1]}, "done": False},
+        {"message": {"role": "assistant", "content": "", "tool_calls": calls[1:]}, "done": True, "done_reason": "stop", "eval_count": 1}))
+    client = openai.OpenAI(base_url=f"{start().url}/v1", api_key="x", max_retries=0)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    found = {}
+    for chunk in client.chat.completions.create(model="llama3", stream=True, tools=[NOTE], messages=[{"role": "user", "content": [picture]}]):
+        for call in chunk.choices[0].delta.tool_calls or ():
+            found[call.index] = (call.id, call.function.arguments)
+    assert set(found) == {0, 1} and found[0][0] != found[1][0] and [json.loads(found[at][1]) for at in (0, 1)] == [{"n": 1}, {"n": 2}]
+    assert ollama_target.calls("/api/chat")[-1].json["messages"][0]["images"] == ["iVBORw0KGgo="]
+    ollama_target.answers["/api/chat"] = http_stream(ndjson({"message": {"role": "assistant", "content": "a"}, "done": False}, {"error": "boom"}))
+    with pytest.raises(openai.APIError, match="boom"):
+        list(client.chat.completions.create(model="llama3", stream=True, messages=[{"role": "user", "content": "x"}]))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", __file__]))
