@@ -1782,6 +1782,7 @@ class ScriptedTarget:
 
     def close(self):
         self.go.set()
+        proxy_module.shut(self._listener)       # wakes accept(), which would serve one more
         self._listener.close()
 
 
@@ -2657,9 +2658,8 @@ def test_e1_the_kind_of_target_is_found_out_by_asking(start, ollama_target):
 def test_the_kind_is_asked_again_when_the_target_was_down(start, ollama_target, monkeypatch):
     monkeypatch.setattr(proxy_module, "DOWN_MEMORY", 0.0)
     version = ollama_target.answers.pop("/api/version")
-    port = ollama_target.port
-    ollama_target._listener.close()
-    proxy = start("--target", f"http://127.0.0.1:{port}")
+    ollama_target.close()
+    proxy = start("--target", f"http://127.0.0.1:{ollama_target.port}")
     assert proxy.call("GET", "/v1/models").status == 502 and proxy.context.api() == "openai"
     again = ScriptedTarget()
     again.answers = {**ollama_target.answers, "/api/version": version}
