@@ -572,6 +572,11 @@ class LineDecoder:
             raise BadUpstreamPayload(f"upstream sent a line of more than {MAX_LINE_BYTES} bytes")
         return lines
 
+    @property
+    def idle(self) -> bool:
+        """No line is half read."""
+        return not self._rest and not self._after_cr
+
     def close(self) -> list[bytes]:
         """Returns the last line if it had no end."""
         rest, self._rest = self._rest, b""
@@ -597,6 +602,11 @@ class FrameDecoder:
     def feed(self, data: bytes) -> list[tuple]:
         """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
         return self._frames(self._lines.feed(data))
+
+    @property
+    def idle(self) -> bool:
+        """Between two events."""
+        return self._lines.idle and not self._pending and not self._event and not self._bare
 
     def close(self) -> list[tuple]:
         """Returns frames that lacked their final newline or blank line."""
@@ -671,6 +681,7 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_SMALL_SIZES = {form % size: size for size in range(1, 1024) for form in (b"%x\r\n", b"%X\r\n")}
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -714,6 +725,15 @@ class ChunkedDecoder:
                 at, self._left = at + self._left, 0
                 continue
             stop = data.find(b"\n", at)
+            size = _SMALL_SIZES.get(data[at:stop + 1], 0)
+            if size and not self._trailers and data[stop + 1 + size:stop + 3 + size] == b"\r\n":
+                # A small chunk that is there as a whole: nearly all of them, in a stream.
+                self._room -= size
+                if self._room >= 0:
+                    pieces.append(data[stop + 1:stop + 1 + size])
+                    at = stop + 3 + size
+                    continue
+                self._room += size
             if stop < 0:
                 if end - at > 4096:
                     raise ValueError("chunk size line too long")
@@ -1541,10 +1561,32 @@ def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: 
 class OllamaDecoder:
     """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
 
+    frame_end = b"\n"
+    text_keys = (b'"content":', b'"response":')
+
     def __init__(self, call: ChatCall, **_: Any) -> None:
         self._lines = LineDecoder()
         self._alternatives = call.logprobs
         self.done = False
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is pending: a content line is just its text (the shortcut of room 7 asks)."""
+        return not self.done and self._alternatives is None and self._lines.idle
+
+    @staticmethod
+    def text_of(frame: bytes) -> Any:
+        """The text of one line, None when it is anything more."""
+        try:
+            answer = as_dict(load(frame))
+        except ValueError:
+            return None
+        if set(answer) - {"model", "created_at", "message", "response", "done"} or answer.get("done"):
+            return None
+        message = answer.get("message")
+        if message is None:
+            return answer.get("response")
+        return message.get("content") if as_dict(message).keys() <= {"role", "content"} else None
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete lines."""
@@ -1650,6 +1692,16 @@ class OllamaEncoder:
         if not self._deltas:
             self._first = self._clock.now()
         self._deltas += deltas
+
+    def around(self) -> tuple[bytes, bytes]:
+        """What stands before and after the bare text in a line of text."""
+        return b'%b%b%b"' % (self.head, self.stamp, self.before_text), b'"' + self.after_text
+
+    def passed(self, texts: list) -> None:
+        """Texts, as JSON string contents, that went by without being encoded one by one."""
+        self.count(sum(map(bool, texts)))
+        if self._answer is not None:
+            self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
 
     def encode(self, event: Any) -> bytes:
         """Returns one line, or nothing."""
@@ -2319,11 +2371,32 @@ class OpenAIDecoder:
         self.done = False
         self.orphan_close = False       # a closing think tag without an opening one was seen
 
+    frame_end = b"\n\n"
+    text_keys = (b'"content":', b'"content": ', b'"text":', b'"text": ')
+
     @property
     def plain(self) -> bool:
-        """Nothing is pending: a content delta is just its text (the shortcut of room 7 asks)."""
+        """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
         return (self._tags is None or self._tags.done) and self._prefill.done and self._alternatives is None \
-            and not self.done and not self._reason
+            and not self.done and not self._reason and self._frames.idle
+
+    @staticmethod
+    def text_of(frame: bytes) -> Any:
+        """The text of one frame, None when it is anything more."""
+        try:
+            value = load(frame[5:]) if frame[:5] == b"data:" and b"\n" not in frame[:-2] else None
+            choice, = value["choices"]
+        except (ValueError, TypeError, KeyError):
+            return None
+        if choice.get("index") or choice.get("finish_reason") or value.get("usage") or value.get("error") \
+                or value.get("timings") or value.get("x_groq") or choice.get("logprobs") or choice.get("usage"):
+            return None
+        delta = choice.get("delta")
+        if delta is None:
+            return choice.get("text") if "message" not in choice else None
+        if any(value for key, value in as_dict(delta).items() if key not in ("role", "content")):
+            return None
+        return as_dict(delta).get("content")
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete frames.  A Failure or Finish is the last one, ever."""
@@ -2622,9 +2695,22 @@ class OpenAIEncoder:
         self._spoke = False
         self._calls = 0
         self._deltas = 0
+        self._around: Optional[tuple] = None
 
     def tick(self) -> None:
         """Nothing here changes with time."""
+
+    def around(self) -> tuple[bytes, bytes]:
+        """What stands before and after the bare text in a frame of text, once the role was sent."""
+        if self._around is None:
+            frame = self.encode(TextDelta("\x01"))
+            self._deltas -= 1
+            self._around = tuple(frame.split(b"\\u0001"))
+        return self._around
+
+    def passed(self, texts: list) -> None:
+        """Texts that went by without being encoded one by one."""
+        self._deltas += sum(map(bool, texts))
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
@@ -2768,6 +2854,113 @@ class ReasoningFilter:
         return kept
 
 
+class Shortcut:
+    """Carries text from upstream frames into client lines without decoding it.
+
+    Within a stream everything around the text of a content frame stays the same.  That envelope is learned
+    from a frame that went the ordinary way and came out as exactly one TextDelta; from then on a batch of
+    such frames is cut at the envelopes, and the texts, which are JSON string contents already, are set
+    between the encoder's own constants.  Whatever does not match to the byte, and every text that would
+    be written differently (escapes such as \\/ or \\u0041, bytes that are not ASCII, anything that may be a
+    think tag), goes the ordinary way.  The bytes that come out are the same either way.
+    """
+
+    _MISSES = 8                     # envelopes learned in vain before a stream is left alone
+
+    def __init__(self, decoder: Any, encoder: Any) -> None:
+        self._decoder, self._encoder = decoder, encoder
+        self._head = self._tail = self._between = b""
+        self._pattern: Any = None       # for envelopes with a timestamp in them
+        self._vain = 0
+        self._sizes: list = []
+        self.rest = b""                 # an unfinished frame that may be cut, too
+
+    def learn(self, data: bytes, events: list) -> None:
+        """Looks at a read that went the ordinary way: what surrounds the text of its last frame?"""
+        end, event = self._decoder.frame_end, events[-1]
+        if self._vain > self._MISSES or type(event) is not TextDelta or event.logprobs or not data.endswith(end) \
+                or not self._decoder.plain:
+            return
+        frame = data[data.rfind(end, 0, -len(end)) + len(end) if data.count(end) > 1 else 0:]
+        text = encode_text(event.text).encode("ascii")
+        at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
+        self._head, self._tail = frame[:at], frame[at + len(text) - 2:]
+        if not at or self._decoder.text_of(self._head + b"probe" + self._tail) != "probe":
+            self._head = b""
+            return
+        self._vain += 1
+        self._between = self._tail + self._head
+        self._pattern = None
+        stamp = re.search(rb'"created_at":"[^"]*"', self._head)
+        if stamp:
+            before, after = self._head[:stamp.start()], self._head[stamp.end():]
+            envelope = re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
+            self._pattern = re.compile(envelope + rb'((?:[^"\\]|\\["\\nrtbf])*)' + re.escape(self._tail))
+            self._head = before
+
+    def take(self, data: bytes, chunked: bool) -> tuple[bytes, bytes]:
+        """(client bytes, what must go the ordinary way).  An unfinished frame stays in `rest`."""
+        if self.rest:
+            data, self.rest = self.rest + data, b""
+        if not self._head or not data.startswith(self._head) or not self._decoder.plain:
+            return b"", data
+        end = data.rfind(self._tail)
+        if end < 0:
+            return b"", self._keep(data)
+        end += len(self._tail)
+        texts = self._texts(data, end)
+        if texts is None:
+            return b"", data
+        self._vain = 0
+        return self._lines(texts, chunked), self._keep(data[end:])
+
+    def _keep(self, data: bytes) -> bytes:
+        """Holds the beginning of another such frame back; everything else is handed on at once."""
+        head = self._head
+        if data and self._decoder.frame_end not in data and (head.startswith(data) or data.startswith(head)):
+            self.rest = data
+            return b""
+        return data
+
+    def _texts(self, data: bytes, end: int) -> Optional[list]:
+        """The texts in data[:end], when it is made of nothing but such frames."""
+        if self._pattern is None:
+            texts = data[len(self._head):end - len(self._tail)].split(self._between)
+            joined = b"".join(texts)
+            if not joined.isascii() or b'"' in joined or b"</" in joined or _RAW_CONTROL.search(joined):
+                return None
+            if b"\\" in joined and not all(map(_PLAIN_TEXT.fullmatch, texts)):
+                return None
+            return texts
+        texts, size = [], 0
+        for found in self._pattern.finditer(data, 0, end):
+            if found.start() != size:
+                return None
+            size = found.end()
+            texts.append(found[1])
+        joined = b"".join(texts)
+        return texts if size == end and joined.isascii() and not _RAW_CONTROL.search(joined) else None
+
+    def _lines(self, texts: list, chunked: bool) -> bytes:
+        """Client lines around `texts`; empty texts are no events."""
+        encoder = self._encoder
+        encoder.tick()
+        before, after = encoder.around()
+        encoder.passed(texts)
+        if not chunked:
+            return b"".join([before + text + after for text in texts if text])
+        fixed = len(before) + len(after)
+        if not self._sizes or self._sizes[0] != fixed:
+            self._sizes = [fixed] + [b"%x\r\n" % (fixed + size) for size in range(1, 512)]
+        sizes, after = self._sizes, after + b"\r\n"
+        return b"".join([(sizes[len(text)] if len(text) < 512 else b"%x\r\n" % (fixed + len(text))) + before + text + after
+                         for text in texts if text])
+
+
+_PLAIN_TEXT = re.compile(rb'(?:[^\\]|\\["\\nrtbf])*')
+_RAW_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+
 class Pipe:
     """Upstream body bytes in, client bytes out; sans-I/O, like its two halves.
 
@@ -2778,9 +2971,10 @@ class Pipe:
     media_type = ""
 
     def __init__(self, decoder: Any, encoder: Any, reasoning: Optional[Callable] = None, chunked: bool = True,
-                 tap: Optional[Callable] = None) -> None:
+                 tap: Optional[Callable] = None, shortcut: bool = True) -> None:
         self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
         self._chunked, self._tap = chunked, tap
+        self._shortcut = Shortcut(decoder, encoder) if shortcut and reasoning is None and tap is None else None
         self.media_type = encoder.media_type
         self.length: Optional[int] = None
         self.started = False
@@ -2790,17 +2984,33 @@ class Pipe:
 
     def feed(self, data: bytes) -> bytes:
         """Returns what the client gets for `data`.  Raises the error of a stream that failed at once."""
-        return self._encode(self._decoder.feed(data))
+        shortcut, out = self._shortcut, b""
+        if shortcut is not None and self.started:
+            out, data = shortcut.take(data, self._chunked)
+            if not data:
+                return out
+        events = self._decoder.feed(data)
+        out += self._encode(events)
+        if shortcut is not None and events:
+            shortcut.learn(data, events)
+        return out
 
     def close(self) -> bytes:
         """The upstream's body ended, as its framing allows."""
-        return self._encode(self._decoder.close())
+        return self._encode(self._held() + self._decoder.close())
 
     def fail(self, error: ProxyError) -> bytes:
         """The upstream broke.  Whatever was whole before that was already handed out."""
         if self.done:
             return b""
         return self._encode([Failure(error)])
+
+    def _held(self) -> list:
+        """Events of what the shortcut still held."""
+        if self._shortcut is None or not self._shortcut.rest:
+            return []
+        data, self._shortcut.rest = self._shortcut.rest, b""
+        return self._decoder.feed(data)
 
     def _encode(self, events: list) -> bytes:
         if self._reasoning is not None:
@@ -5209,6 +5419,12 @@ class Scope:
         self._replies.append(reply)
         return reply
 
+    def release(self) -> None:
+        """Nothing more is read: connections go back to their pool before the client can ask again."""
+        for reply in self._replies:
+            reply.close()
+        self._replies = []
+
     def hand_over(self, reply: Reply) -> None:
         """The pump owns this one now, and the client with it."""
         self._replies.remove(reply)
@@ -5218,9 +5434,7 @@ class Scope:
         if self._watching:
             self._watching = False
             self.context.pump.unwatch(self.client)
-        for reply in self._replies:
-            reply.close()
-        self._replies = []
+        self.release()
 
 
 def refusal(reply: Reply, target: Target) -> UpstreamRefused:
@@ -5362,6 +5576,11 @@ class Witness:
     def __init__(self, context: Context, model: str, decoder: Any) -> None:
         self._context, self._model, self._decoder = context, model, decoder
         self._thought = False
+        self.frame_end, self.text_keys, self.text_of = decoder.frame_end, decoder.text_keys, decoder.text_of
+
+    @property
+    def plain(self) -> bool:
+        return self._decoder.plain
 
     def feed(self, data: bytes) -> list:
         return self.note(self._decoder.feed(data))
@@ -6558,6 +6777,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _send(self, request: Request, response: Response, scope: Scope) -> bool:
         """Writes the answer, or hands it to the pump; returns whether another request may follow."""
         keep = request.keep and not self._unread and not self.server.draining
+        if response.pipe is None or response.pipe.done:
+            scope.release()
         if response.pipe is None:
             body = b"" if request.method == "HEAD" or response.status == 204 else response.body
             self.connection.sendall(self._head(request, response, len(response.body), keep) + body)
