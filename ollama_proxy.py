@@ -5332,14 +5332,26 @@ class Context:
         """What the target speaks, "openai" or "ollama": found out by asking, kept once it answered."""
         if not self._api:
             try:
-                status, _, payload = self.fetch(True, "/api/version", 5.0)
+                self._api = "ollama" if self._is_ollama() else "openai"
             except (UpstreamUnreachable, UpstreamTimeout):
                 return "openai"         # down: asked again next time
-            except UpstreamError:
-                status, payload = 0, None
-            is_ollama = status == 200 and isinstance(as_dict(payload).get("version"), str)
-            self._api = "ollama" if is_ollama else "openai"
         return self._api
+
+    def _is_ollama(self) -> bool:
+        """Asks for a version, then for the OpenAI list.  Ollama shows every model with a tag (ollama-api 1.9);
+        a server that has a version and lists ids without one emulates a part of Ollama (KoboldCpp, LocalAI, a
+        proxy of our own kind), and is taken for the OpenAI server that it is."""
+        try:
+            status, _, payload = self.fetch(True, "/api/version", 5.0)
+            if status != 200 or not isinstance(as_dict(payload).get("version"), str):
+                return False
+            status, _, payload = self.fetch(False, "/models", 5.0)
+        except (UpstreamUnreachable, UpstreamTimeout):
+            raise
+        except UpstreamError:
+            return False
+        listed = read_models(payload) if status == 200 else None
+        return all(":" in info.id for info in listed or ())
 
     @property
     def dialect(self) -> Dialect:

@@ -2655,6 +2655,16 @@ def test_e1_the_kind_of_target_is_found_out_by_asking(start, ollama_target):
     third.close()
 
 
+@cases("answers, wanted", [
+    ({}, "openai"), ({"/api/version": {"version": "0.33.0"}}, "ollama"), ({"/api/version": {"error": "Unexpected endpoint"}}, "openai"),
+    ({"/api/version": {"version": "1"}, "/v1/models": {"object": "list", "data": None}}, "ollama"),
+    ({"/api/version": {"version": "1"}, "/v1/models": LIST}, "openai"),
+    ({"/api/version": {"version": "1"}, "/v1/models": {"data": [{"id": "m:latest", "owned_by": "library"}]}}, "ollama")])
+def test_an_emulation_of_ollama_is_taken_for_what_it_does_better(start, target, answers, wanted):
+    target.answers = {path: http_answer(answer) for path, answer in answers.items()}
+    assert start().context.api() == wanted
+
+
 def test_the_kind_is_asked_again_when_the_target_was_down(start, ollama_target, monkeypatch):
     monkeypatch.setattr(proxy_module, "DOWN_MEMORY", 0.0)
     version = ollama_target.answers.pop("/api/version")
@@ -2832,7 +2842,7 @@ def test_two_proxies_in_a_row_give_the_direct_answers(start):
     """OpenAI client -> proxy -> Ollama API -> proxy -> OpenAI server, against the server itself."""
     demo = DemoServer()
     inner = start("--target", demo.url)
-    outer = start("--target", inner.url)
+    outer = start("--target", inner.url, "--target-api", "ollama")
     direct = HTTPConnection("127.0.0.1", demo.server_address[1], timeout=PATIENCE)
 
     def both(path, body):
