@@ -1368,7 +1368,7 @@ def _parse_ollama_generate(body: dict) -> ChatCall:
     return call._replace(messages=tuple(turns), conversation=tuple(turns))
 
 
-_ACTION = re.compile(r"\{\{(-?)\s*(.*?)\s*(-?)\}\}", re.S)
+_ACTION = re.compile(r"\{\{([^{}]*)\}\}")
 
 
 def render_template(template: str, values: dict) -> str:
@@ -1382,9 +1382,11 @@ def render_template(template: str, values: dict) -> str:
     trim = False
     for match in _ACTION.finditer(template):
         text = template[at:match.start()]
+        action = match[1]
         text = text.lstrip() if trim else text
-        text = text.rstrip() if match[1] else text
-        at, trim, action = match.end(), bool(match[3]), match[2]
+        text = text.rstrip() if action[:1] == "-" else text
+        at, trim = match.end(), action[-1:] == "-"
+        action = action.strip("- \t\r\n")
         if all(stack):
             output.append(text)
         name = re.fullmatch(r"(if\s+)?\.(\w+)", action)
@@ -2858,107 +2860,139 @@ class Shortcut:
     """Carries text from upstream frames into client lines without decoding it.
 
     Within a stream everything around the text of a content frame stays the same.  That envelope is learned
-    from a frame that went the ordinary way and came out as exactly one TextDelta; from then on a batch of
-    such frames is cut at the envelopes, and the texts, which are JSON string contents already, are set
-    between the encoder's own constants.  Whatever does not match to the byte, and every text that would
-    be written differently (escapes such as \\/ or \\u0041, bytes that are not ASCII, anything that may be a
-    think tag), goes the ordinary way.  The bytes that come out are the same either way.
+    from a frame that went the ordinary way and came out as exactly one TextDelta; from then on a read is
+    cut at the envelopes, and the texts, which are JSON string contents already, are set between the
+    encoder's own constants.  A frame that does not match to the byte, and a text that must be written
+    differently (escapes such as \\/ or \\u0041, a possible think tag), goes the ordinary way, in its turn.
+    The bytes that come out are the same either way; the tests run every stream both ways.
     """
 
-    _MISSES = 8                     # envelopes learned in vain before a stream is left alone
+    _VAIN = 8                       # envelopes learned without use before a stream is left alone
 
     def __init__(self, decoder: Any, encoder: Any) -> None:
         self._decoder, self._encoder = decoder, encoder
         self._head = self._tail = self._between = b""
         self._pattern: Any = None       # for envelopes with a timestamp in them
+        self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
         self._sizes: list = []
-        self.rest = b""                 # an unfinished frame that may be cut, too
+        self._sizes_for = 0
+        self._rest = b""                # a line whose end has not arrived: nobody could use it yet
 
-    def learn(self, data: bytes, events: list) -> None:
-        """Looks at a read that went the ordinary way: what surrounds the text of its last frame?"""
-        end, event = self._decoder.frame_end, events[-1]
-        if self._vain > self._MISSES or type(event) is not TextDelta or event.logprobs or not data.endswith(end) \
-                or not self._decoder.plain:
+    def feed(self, data: bytes, ordinary: Callable, started: bool) -> bytes:
+        """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        if b"\r" not in data:
+            end = data.rfind(b"\n") + 1
+            if end != len(data):
+                data, self._rest = data[:end], data[end:]
+        out = b""
+        if self._head and started and self._decoder.plain:
+            out, data = self._take(data, ordinary)
+        if data:
+            more, events = ordinary(data)
+            out = out + more if out else more
+            if events and self._vain <= self._VAIN:
+                self._learn(data, events[-1])
+        return out
+
+    def close(self) -> bytes:
+        """The unfinished line, for the decoder to judge."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _learn(self, data: bytes, event: Any) -> None:
+        """What surrounds the text of the last line that went the ordinary way?"""
+        if type(event) is not TextDelta or event.logprobs or not self._decoder.plain:
             return
-        frame = data[data.rfind(end, 0, -len(end)) + len(end) if data.count(end) > 1 else 0:]
+        data = data.rstrip(b"\n")
+        frame = data[data.rfind(b"\n") + 1:] + self._decoder.frame_end
         text = encode_text(event.text).encode("ascii")
+        if not event.text.isascii():
+            text = b'"%b"' % event.text.encode("utf-8", "replace")
         at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
         self._head, self._tail = frame[:at], frame[at + len(text) - 2:]
         if not at or self._decoder.text_of(self._head + b"probe" + self._tail) != "probe":
             self._head = b""
             return
         self._vain += 1
-        self._between = self._tail + self._head
-        self._pattern = None
-        stamp = re.search(rb'"created_at":"[^"]*"', self._head)
+        self._between, self._pattern = self._tail + self._head, None
+        stamp = re.search(rb'"created_at":"[^"\\]*"', self._head)
         if stamp:
             before, after = self._head[:stamp.start()], self._head[stamp.end():]
-            envelope = re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
-            self._pattern = re.compile(envelope + rb'((?:[^"\\]|\\["\\nrtbf])*)' + re.escape(self._tail))
-            self._head = before
+            self._pattern = re.compile(re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
+                                       + rb'((?:[^"\\]|\\.)*)' + re.escape(self._tail))
+            self._head, self._fixed = before, len(self._head) + len(self._tail)
 
-    def take(self, data: bytes, chunked: bool) -> tuple[bytes, bytes]:
-        """(client bytes, what must go the ordinary way).  An unfinished frame stays in `rest`."""
-        if self.rest:
-            data, self.rest = self.rest + data, b""
-        if not self._head or not data.startswith(self._head) or not self._decoder.plain:
+    def _take(self, data: bytes, ordinary: Callable) -> tuple[bytes, bytes]:
+        """(client bytes for the matching frames at the beginning of `data`, what is left of it)."""
+        if data[:1] == b"\n":
+            data = data.lstrip(b"\n")           # the blank line after a frame that came in the last read
+        if not data.startswith(self._head):
             return b"", data
-        end = data.rfind(self._tail)
-        if end < 0:
-            return b"", self._keep(data)
-        end += len(self._tail)
-        texts = self._texts(data, end)
-        if texts is None:
+        end = data.rfind(self._tail) + len(self._tail)
+        if end < len(self._tail):
             return b"", data
-        self._vain = 0
-        return self._lines(texts, chunked), self._keep(data[end:])
-
-    def _keep(self, data: bytes) -> bytes:
-        """Holds the beginning of another such frame back; everything else is handed on at once."""
-        head = self._head
-        if data and self._decoder.frame_end not in data and (head.startswith(data) or data.startswith(head)):
-            self.rest = data
-            return b""
-        return data
-
-    def _texts(self, data: bytes, end: int) -> Optional[list]:
-        """The texts in data[:end], when it is made of nothing but such frames."""
         if self._pattern is None:
+            fixed = len(self._between)
             texts = data[len(self._head):end - len(self._tail)].split(self._between)
-            joined = b"".join(texts)
-            if not joined.isascii() or b'"' in joined or b"</" in joined or _RAW_CONTROL.search(joined):
-                return None
-            if b"\\" in joined and not all(map(_PLAIN_TEXT.fullmatch, texts)):
-                return None
-            return texts
-        texts, size = [], 0
-        for found in self._pattern.finditer(data, 0, end):
-            if found.start() != size:
-                return None
-            size = found.end()
-            texts.append(found[1])
+        else:
+            fixed, texts = self._fixed, self._pattern.findall(data, 0, end)
+            if len(texts) * fixed + sum(map(len, texts)) != end:
+                return b"", data                # something else is in between
+        self._vain = 0
         joined = b"".join(texts)
-        return texts if size == end and joined.isascii() and not _RAW_CONTROL.search(joined) else None
+        if joined.isascii() and _PLAIN_TEXT.fullmatch(joined) and b"</" not in joined:
+            return self._lines(texts), data[end:]
+        out, run, at = [], [], 0
+        for text in texts:
+            plain = plain_text(text)
+            if plain is not None:
+                run.append(plain)
+            else:
+                out.append(self._lines(run))
+                run = []
+                frame = data[at:at + fixed + len(text)]
+                out.append(ordinary(frame)[0])
+                if not self._decoder.plain:     # that one changed the rules
+                    return b"".join(out), data[at + len(frame):]
+            at += fixed + len(text)
+        out.append(self._lines(run))
+        return b"".join(out), data[end:]
 
-    def _lines(self, texts: list, chunked: bool) -> bytes:
+    def _lines(self, texts: list) -> bytes:
         """Client lines around `texts`; empty texts are no events."""
+        if not texts:
+            return b""
         encoder = self._encoder
         encoder.tick()
         before, after = encoder.around()
         encoder.passed(texts)
-        if not chunked:
+        if not self.chunked:
             return b"".join([before + text + after for text in texts if text])
         fixed = len(before) + len(after)
-        if not self._sizes or self._sizes[0] != fixed:
-            self._sizes = [fixed] + [b"%x\r\n" % (fixed + size) for size in range(1, 512)]
+        if self._sizes_for != fixed:
+            self._sizes_for, self._sizes = fixed, [b"%x\r\n" % (fixed + size) for size in range(512)]
         sizes, after = self._sizes, after + b"\r\n"
         return b"".join([(sizes[len(text)] if len(text) < 512 else b"%x\r\n" % (fixed + len(text))) + before + text + after
                          for text in texts if text])
 
+    chunked = True
 
-_PLAIN_TEXT = re.compile(rb'(?:[^\\]|\\["\\nrtbf])*')
-_RAW_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+# What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.
+_PLAIN_TEXT = re.compile(rb'[ !#-\[\]-~]*(?:\\["\\nrtbf][ !#-\[\]-~]*)*')
+_NEEDS_THOUGHT = re.compile(rb'[\\"\x00-\x1f\x7f]|</')
+
+
+def plain_text(text: bytes) -> Optional[bytes]:
+    """The contents of a JSON string as our encoders write them; None when that takes a decoder."""
+    if b"</" not in text and _PLAIN_TEXT.fullmatch(text):
+        return text
+    if _NEEDS_THOUGHT.search(text):
+        return None
+    return encode_text(str(text, "utf-8", "replace"))[1:-1].encode("ascii")
 
 
 class Pipe:
@@ -2975,6 +3009,8 @@ class Pipe:
         self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
         self._chunked, self._tap = chunked, tap
         self._shortcut = Shortcut(decoder, encoder) if shortcut and reasoning is None and tap is None else None
+        if self._shortcut is not None:
+            self._shortcut.chunked = chunked
         self.media_type = encoder.media_type
         self.length: Optional[int] = None
         self.started = False
@@ -2984,33 +3020,23 @@ class Pipe:
 
     def feed(self, data: bytes) -> bytes:
         """Returns what the client gets for `data`.  Raises the error of a stream that failed at once."""
-        shortcut, out = self._shortcut, b""
-        if shortcut is not None and self.started:
-            out, data = shortcut.take(data, self._chunked)
-            if not data:
-                return out
-        events = self._decoder.feed(data)
-        out += self._encode(events)
-        if shortcut is not None and events:
-            shortcut.learn(data, events)
-        return out
+        if self._shortcut is not None:
+            return self._shortcut.feed(data, self._ordinary, self.started)
+        return self._ordinary(data)[0]
 
     def close(self) -> bytes:
         """The upstream's body ended, as its framing allows."""
-        return self._encode(self._held() + self._decoder.close())
+        rest = self._shortcut.close() if self._shortcut is not None else b""
+        events = self._decoder.feed(rest) if rest else []
+        return self._encode(events + ([] if self._decoder.done else self._decoder.close()))
 
     def fail(self, error: ProxyError) -> bytes:
         """The upstream broke.  Whatever was whole before that was already handed out."""
-        if self.done:
-            return b""
-        return self._encode([Failure(error)])
+        return b"" if self.done else self._encode([Failure(error)])
 
-    def _held(self) -> list:
-        """Events of what the shortcut still held."""
-        if self._shortcut is None or not self._shortcut.rest:
-            return []
-        data, self._shortcut.rest = self._shortcut.rest, b""
-        return self._decoder.feed(data)
+    def _ordinary(self, data: bytes) -> tuple[bytes, list]:
+        events = self._decoder.feed(data)
+        return self._encode(events), events
 
     def _encode(self, events: list) -> bytes:
         if self._reasoning is not None:
@@ -5165,6 +5191,7 @@ class Healer:
         """Changes `body` in answer to a refusal and notes the lesson in `tried`; False when nothing helps."""
         if error.status not in (400, 404, 422, 501):
             return False
+        error.message = error.message[:20000]
         if _CONTEXT_OVERFLOW.search(error.message) and "max_tokens" in body \
                 and not re.search("unsupported|not supported", error.message, re.I):
             return (None, _drop) not in tried and self._try(None, _drop, body, tried, "max_tokens")
@@ -5593,6 +5620,10 @@ class Witness:
     @property
     def plain(self) -> bool:
         return self._decoder.plain
+
+    @property
+    def done(self) -> bool:
+        return self._decoder.done
 
     def feed(self, data: bytes) -> list:
         return self.note(self._decoder.feed(data))

@@ -702,6 +702,11 @@ def sse(*frames, done=True):
     return (text + ("data: [DONE]\n\n" if done else "")).encode()
 
 
+def ndjson(*values):
+    """Values as NDJSON."""
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
 def delta(content=None, finish=None, index=0, **fields):
     """One chat.completion.chunk."""
     if content is not None:
@@ -1015,6 +1020,60 @@ def test_every_stream_of_every_server_decodes_whole_and_at_every_cut(name, how, 
         for value in got + whole:
             value.pop("eval_count", None)           # without usage it counts deltas, which tags may regroup
         assert got == whole
+
+
+ODD_TOKENS = ["a", " b", "\n", "\n\n", '"', "\\", "\\n", "é", " \u65e5\u672c", "\U0001f999", "</", "</think>", "<b>", "\t", "\x7f", "\x00", "/", "x" * 600, "", "\u2028",
+              "data: ", "}\n\n", '"},"finish_reason":null}]}']
+
+
+def token_stream(chance, dialect):
+    """A long stream with the texts that shortcuts trip over, written the way servers differ."""
+    ascii_only, spaces = chance.random() < .4, chance.random() < .3
+    frames = []
+    created = 1
+    for _ in range(chance.randint(1, 60)):
+        text = "".join(chance.choice(ODD_TOKENS) for _ in range(chance.choice([1, 1, 1, 2, 3])))
+        created += chance.random() < .05
+        if dialect is OPENAI:
+            value = {"id": "x", "created": created, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+            if chance.random() < .05:
+                value = chance.choice([delta(reasoning_content="r"), {"choices": []}, {**value, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}])
+        else:
+            value = {"model": "m", "created_at": f"2026-01-01T00:00:0{created % 10}Z", "message": {"role": "assistant", "content": text}, "done": False}
+        line = json.dumps(value, ensure_ascii=ascii_only, separators=None if spaces else (",", ":")).replace("/", chance.choice(["/", "\\/"]) if chance.random() < .1 else "/")
+        frames.append(f"data: {line}\n\n" if dialect is OPENAI else line + "\n")
+    last = sse(STOP) if dialect is OPENAI else ndjson({"message": {"content": ""}, "done": True})
+    return "".join(frames).encode() + last
+
+
+@cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
+@cases("face", ["chat", "generate"])
+def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
+    """Same bytes out with and without it, for every sample and for random streams at random cuts."""
+    monkeypatch.setattr(proxy_module, "call_id", lambda *seed: "fixed")
+    chance = random.Random(17)
+    streams = [row[2] for row in ALL_STREAMS] + [token_stream(chance, dialect) for _ in range(60)]
+    used = 0
+    for data in streams:
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 1, 3, 9])))
+        pieces = [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)])]
+        outs = []
+        for shortcut in (True, False):
+            call = chat_call(face=face if encoder is OllamaEncoder else "completion" if face == "generate" else "chat",
+                             conversation=() if face == "generate" else None)
+            made = encoder(call, StillClock, 1, 2)
+            pipe = Pipe(dialect.Decoder(call), made, shortcut=shortcut, chunked=True)
+            out = b""
+            try:
+                for piece in pieces:
+                    out += b"" if pipe.done else pipe.feed(piece)
+                out += b"" if pipe.done else pipe.close()
+            except proxy_module.ProxyError as error:
+                out += repr(error).encode()
+            outs.append(out)
+            used += shortcut and bool(pipe._shortcut._head)
+        assert outs[0] == outs[1], (data, pieces)
+    assert used > 30
 
 
 @cases("name, how, data, wanted", [row for row in ALL_STREAMS if b"data:" in row[2]],
@@ -2621,10 +2680,6 @@ def test_a_closed_stdout_does_not_kill_the_service():
 
 TAGS = {"models": [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z", "size": 5, "digest": "ab" * 32,
                     "details": {"family": "llama", "parameter_size": "8.0B"}} for name in ("llama3:latest", "glm-5:cloud", "qwen3:8b")]}
-
-
-def ndjson(*values):
-    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
 
 
 NATIVE = ndjson({"model": "llama3", "message": {"role": "assistant", "content": "", "thinking": "hm"}, "done": False},
