@@ -2868,6 +2868,7 @@ class Shortcut:
     """
 
     _VAIN = 8                       # envelopes learned without use before a stream is left alone
+    _LESSON = 500                   # bytes that go the ordinary way at a time
 
     def __init__(self, decoder: Any, encoder: Any) -> None:
         self._decoder, self._encoder = decoder, encoder
@@ -2879,7 +2880,7 @@ class Shortcut:
         self._sizes_for = 0
         self._rest = b""                # a line whose end has not arrived: nobody could use it yet
 
-    def feed(self, data: bytes, ordinary: Callable, started: bool) -> bytes:
+    def feed(self, data: bytes, ordinary: Callable) -> bytes:
         """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
         if self._rest:
             data, self._rest = self._rest + data, b""
@@ -2887,15 +2888,22 @@ class Shortcut:
             end = data.rfind(b"\n") + 1
             if end != len(data):
                 data, self._rest = data[:end], data[end:]
-        out = b""
-        if self._head and started and self._decoder.plain:
-            out, data = self._take(data, ordinary)
-        if data:
-            more, events = ordinary(data)
-            out = out + more if out else more
+        outs = []
+        while data:
+            if self._head and self._decoder.plain:
+                out, data = self._take(data, ordinary)
+                outs.append(out)
+                if not data:
+                    break
+            # A few frames are enough to learn from; the rest of a large read need not go the long way.
+            end = data.find(self._decoder.frame_end, self._LESSON) if self._vain <= self._VAIN else -1
+            end += len(self._decoder.frame_end)
+            piece, data = (data, b"") if end < self._LESSON else (data[:end], data[end:])
+            out, events = ordinary(piece)
+            outs.append(out)
             if events and self._vain <= self._VAIN:
-                self._learn(data, events[-1])
-        return out
+                self._learn(piece, events[-1])
+        return outs[0] if len(outs) == 1 else b"".join(outs)
 
     def close(self) -> bytes:
         """The unfinished line, for the decoder to judge."""
@@ -3021,7 +3029,7 @@ class Pipe:
     def feed(self, data: bytes) -> bytes:
         """Returns what the client gets for `data`.  Raises the error of a stream that failed at once."""
         if self._shortcut is not None:
-            return self._shortcut.feed(data, self._ordinary, self.started)
+            return self._shortcut.feed(data, self._ordinary)
         return self._ordinary(data)[0]
 
     def close(self) -> bytes:
