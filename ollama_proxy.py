@@ -681,6 +681,7 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_HEADS = {size: b"%x\r\n" % size for size in range(1, 1024)}
 _SMALL_SIZES = {form % size: size for size in range(1, 1024) for form in (b"%x\r\n", b"%X\r\n")}
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
@@ -1116,6 +1117,8 @@ def parse_options(options: dict) -> tuple[dict, dict]:
     Raises BadRequest for an option of the wrong type, in Ollama's words.
     """
     neutral: dict = {}
+    if not options:
+        return neutral, {}
     for name, wire in OLLAMA_OPTION_KEYS.items():
         value = options.get(wire)
         if value is None:
@@ -2011,6 +2014,8 @@ def tie_results(messages: tuple) -> tuple:
     Results are tied by id, else by an id that stands where the name belongs, else by name, else by
     order.  A call nobody answered gets an empty result; a result whose call was cut off gets its call back.
     """
+    if not any(message.tool_calls or message.role == "tool" for message in messages):
+        return messages
     turns: list = []
     # [id as sent, id as used, name, place of its result in turns or None], and a fifth item while that
     # place is only held.
@@ -2870,14 +2875,12 @@ class Shortcut:
     _VAIN = 8                       # envelopes learned without use before a stream is left alone
     _LESSON = 500                   # bytes that go the ordinary way at a time
 
-    def __init__(self, decoder: Any, encoder: Any) -> None:
-        self._decoder, self._encoder = decoder, encoder
+    def __init__(self, decoder: Any, encoder: Any, chunked: bool) -> None:
+        self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
         self._head = self._tail = self._between = b""
         self._pattern: Any = None       # for envelopes with a timestamp in them
         self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
-        self._sizes: list = []
-        self._sizes_for = 0
         self._rest = b""                # a line whose end has not arrived: nobody could use it yet
 
     def feed(self, data: bytes, ordinary: Callable) -> bytes:
@@ -2977,16 +2980,11 @@ class Shortcut:
         encoder.tick()
         before, after = encoder.around()
         encoder.passed(texts)
-        if not self.chunked:
+        if not self._chunked:
             return b"".join([before + text + after for text in texts if text])
-        fixed = len(before) + len(after)
-        if self._sizes_for != fixed:
-            self._sizes_for, self._sizes = fixed, [b"%x\r\n" % (fixed + size) for size in range(512)]
-        sizes, after = self._sizes, after + b"\r\n"
-        return b"".join([(sizes[len(text)] if len(text) < 512 else b"%x\r\n" % (fixed + len(text))) + before + text + after
+        fixed, after = len(before) + len(after), after + b"\r\n"
+        return b"".join([(_CHUNK_HEADS.get(fixed + len(text)) or b"%x\r\n" % (fixed + len(text))) + before + text + after
                          for text in texts if text])
-
-    chunked = True
 
 
 # What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.
@@ -3016,9 +3014,7 @@ class Pipe:
                  tap: Optional[Callable] = None, shortcut: bool = True) -> None:
         self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
         self._chunked, self._tap = chunked, tap
-        self._shortcut = Shortcut(decoder, encoder) if shortcut and reasoning is None and tap is None else None
-        if self._shortcut is not None:
-            self._shortcut.chunked = chunked
+        self._shortcut = Shortcut(decoder, encoder, chunked) if shortcut and reasoning is None and tap is None else None
         self.media_type = encoder.media_type
         self.length: Optional[int] = None
         self.started = False
@@ -4855,6 +4851,8 @@ class Catalogue:
         names = self._names
         if not names:
             return None
+        if name in names["exact"]:
+            return names["exact"][name]
         forms = [name]
         for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}:
             if tag and name.endswith(f":{tag}"):
@@ -6458,6 +6456,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.loopback = is_loopback(self.server_name)
         self.own_names = frozenset(("localhost", socket.gethostname().lower()))
         self.head_cache = (0, b"")
+        self._hosts: dict = {}
         self._tls = server_tls(context.config)
 
     def server_bind(self) -> None:
@@ -6521,6 +6520,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         close_quietly(request)
         with self._count:
             self._connections -= 1
+
+    def knows_host(self, host: str) -> bool:
+        """host_allowed(), remembered for the few names that clients use."""
+        known = self._hosts.get(host)
+        if known is None:
+            if len(self._hosts) > 256:
+                self._hosts.clear()
+            known = self._hosts[host] = host_allowed(host, self.own_names)
+        return known
 
     # -- bookkeeping for the end of the process
 
@@ -6652,7 +6660,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
                 if request.method != "OPTIONS":
                     self._cors.append(("Access-Control-Expose-Headers", "*"))
-        if self.server.loopback and not host_allowed(host, self.server.own_names):
+        if self.server.loopback and not self.server.knows_host(host):
             raise BadRequest(f"host {one_line(host, 100)} is not allowed", 403)
 
     def _authorize(self, request: Request) -> None:
