@@ -681,7 +681,6 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_CHUNK_HEADS = {size: b"%x\r\n" % size for size in range(1, 1024)}
 _SMALL_SIZES = {form % size: size for size in range(1, 1024) for form in (b"%x\r\n", b"%X\r\n")}
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
@@ -2958,7 +2957,9 @@ class Shortcut:
             return self._lines(texts), data[end:]
         out, run, at = [], [], 0
         for text in texts:
-            plain = plain_text(text)
+            plain = _PLAIN_KNOWN.get(text)
+            if plain is None:
+                plain = plain_text(text)
             if plain is not None:
                 run.append(plain)
             else:
@@ -2983,22 +2984,27 @@ class Shortcut:
         if not self._chunked:
             return b"".join([before + text + after for text in texts if text])
         fixed, after = len(before) + len(after), after + b"\r\n"
-        return b"".join([(_CHUNK_HEADS.get(fixed + len(text)) or b"%x\r\n" % (fixed + len(text))) + before + text + after
-                         for text in texts if text])
+        leads = {size: b"%x\r\n%b" % (fixed + size, before) for size in set(map(len, texts))}
+        return b"".join([leads[len(text)] + text + after for text in texts if text])
 
 
 # What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.
 _PLAIN_TEXT = re.compile(rb'[ !#-\[\]-~]*(?:\\["\\nrtbf][ !#-\[\]-~]*)*')
+_PLAIN_KNOWN: dict = {}
 _NEEDS_THOUGHT = re.compile(rb'[\\"\x00-\x1f\x7f]|</')
 
 
 def plain_text(text: bytes) -> Optional[bytes]:
     """The contents of a JSON string as our encoders write them; None when that takes a decoder."""
     if b"</" not in text and _PLAIN_TEXT.fullmatch(text):
-        return text
-    if _NEEDS_THOUGHT.search(text):
+        plain = text
+    elif _NEEDS_THOUGHT.search(text):
         return None
-    return encode_text(str(text, "utf-8", "replace"))[1:-1].encode("ascii")
+    else:
+        plain = encode_text(str(text, "utf-8", "replace"))[1:-1].encode("ascii")
+    if len(text) < 32 and len(_PLAIN_KNOWN) < 8192:
+        _PLAIN_KNOWN[text] = plain      # tokens repeat
+    return plain
 
 
 class Pipe:
