@@ -2237,7 +2237,12 @@ def read_openai_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
 
 
 def read_vector(value: Any) -> list:
-    """One embedding: numbers, base64 of little-endian float32, or a vector per token, which is averaged."""
+    """One embedding: numbers, base64 of little-endian float32, or a vector per token, which is averaged.
+
+    The mark that stands for numbers set aside passes as it is.
+    """
+    if isinstance(value, dict) and "numbers" in value:
+        return value                            # type: ignore[return-value]
     if isinstance(value, str):
         try:
             data = base64.b64decode(value, validate=True)
@@ -2245,6 +2250,8 @@ def read_vector(value: Any) -> list:
         except (ValueError, struct.error):
             raise BadUpstreamPayload("upstream sent an unreadable base64 embedding") from None
     vector = as_list(value)
+    if len(vector) == 1 and isinstance(vector[0], dict):
+        return read_vector(vector[0])
     if vector and all(isinstance(row, list) for row in vector):
         try:
             return [sum(column) / len(vector) for column in zip(*vector)] if len(vector) > 1 else vector[0]
@@ -5772,15 +5779,35 @@ def embed(request: Request, scope: Scope) -> Response:
         data = send(scope, request, wire, info.id).read()
     except UpstreamRefused as error:
         raise answer_error(context, error, context.config.forward_auth) from None
+    vectors_apart: list = []
     try:
-        answer = load(data)
+        answer = load(data if call.base64 else set_aside(data, vectors_apart))
     except (ValueError, RecursionError):
         raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}") from None
     if as_dict(answer).get("error"):
         raise stream_error(answer)
     vectors, usage = context.dialect.read_embeddings(answer, len(call.inputs))
     took = time.monotonic_ns() - request.started
-    return json_response(client.render_embeddings(call, call.model, vectors, usage, took))
+    body = dump(client.render_embeddings(call, call.model, vectors, usage, took))
+    return Response(200, put_back(body, vectors_apart))
+
+
+# A list of many numbers is the same text in both dialects: it need not become floats on its way.
+_MANY_NUMBERS = re.compile(rb"\[\s*-?[0-9][-+0-9.eE,\s]{30,}[0-9]\s*\]")
+_PUT_BACK = re.compile(rb'\{"numbers":([0-9]+)\}')
+
+
+def set_aside(data: bytes, kept: list) -> bytes:
+    """`data` with every long list of numbers moved to `kept` and a small mark in its place."""
+    def mark(found: Any) -> bytes:
+        kept.append(found[0])
+        return b'{"numbers":%d}' % (len(kept) - 1)
+    return _MANY_NUMBERS.sub(mark, data)
+
+
+def put_back(data: bytes, kept: list) -> bytes:
+    """`data` with its lists of numbers in their places."""
+    return _PUT_BACK.sub(lambda found: kept[int(found[1])], data) if kept else data
 
 
 def hello(request: Request, scope: Scope) -> Response:

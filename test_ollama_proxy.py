@@ -2147,6 +2147,16 @@ def test_embeddings_new_and_legacy(proxy, target):
     assert answer.status == 502 and json.loads(answer.data)["error"] == "upstream returned 0 embeddings for 1 inputs"
 
 
+def test_long_vectors_pass_as_they_are_written(proxy, target):
+    vectors = [[round(chance.uniform(-1, 1), 9) for _ in range(100)] for chance in (random.Random(1), random.Random(2))]
+    text = json.dumps({"data": [{"index": 1, "embedding": vectors[1]}, {"index": 0, "embedding": vectors[0]}], "usage": {"prompt_tokens": 7}}, indent=1)
+    target.answers["/v1/embeddings"] = http_answer(text)
+    answer = json.loads(proxy.post("/api/embed", {"model": "text-embed", "input": ["a", "b"]}).data)
+    assert answer["embeddings"] == vectors and answer["prompt_eval_count"] == 7
+    target.answers["/v1/embeddings"] = http_answer({"data": [{"embedding": [vectors[0]]}]})
+    assert json.loads(proxy.post("/api/embeddings", {"model": "text-embed", "prompt": "a"}).data) == {"embedding": vectors[0]}
+
+
 def test_pull_of_a_served_model_succeeds_and_of_another_does_not(proxy):
     values = proxy.lines("/api/pull", {"name": "m"})
     assert values[0] == {"status": "pulling manifest"} and values[-1] == {"status": "success"}
@@ -3908,5 +3918,86 @@ def test_the_official_openai_client_with_two_parallel_calls_and_a_picture(start,
         list(client.chat.completions.create(model="llama3", stream=True, messages=[{"role": "user", "content": "x"}]))
 
 
+# ----------------------------------------------------------------------------
+# --bench: processor time of the proxy per unit of work, with nothing but Python
+# ----------------------------------------------------------------------------
+
+
+def cpu_seconds(pid):
+    """User and system time a process has used: from /proc where there is one, else from ps."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        text = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        minutes, _, seconds = text.rpartition(":")
+        return float(seconds) + 60 * sum(int(part) * 60 ** at for at, part in enumerate(reversed(minutes.replace("-", ":").split(":"))) if part)
+
+
+BENCH_TOKENS = 2000
+
+
+def bench_script(pace):
+    """A target that streams BENCH_TOKENS tokens at once, or 100 of them one each `pace` seconds."""
+    words = [" the", " quick", " brown", " fox", ",", "\n", " jumps", " over"]
+    frames = [chunk(sse({"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", **delta(word)}, done=False)) for word in words]
+    last = chunk(sse(STOP)) + b"0\r\n\r\n"
+    blast = stream_head() + b"".join(frames * (BENCH_TOKENS // len(words))) + last
+
+    def script(talk):
+        if not pace:
+            talk.send(blast)
+        else:
+            talk.send(stream_head())
+            for at in range(100):
+                talk.send(frames[at % len(frames)])
+                time.sleep(pace)
+            talk.send(last)
+        talk.released = True
+    return script
+
+
+def bench_client(port, request, count, ending):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        for _ in range(count):
+            sock.sendall(request)
+            data = b""
+            while not data.endswith(ending):
+                data = (data + sock.recv(1 << 20))[-64:]
+
+
+def bench():
+    """Prints microseconds of processor time per unit, and the ratio to the /v1 relay's or the list's."""
+    target = ScriptedTarget()
+    target.answers["/v1/embeddings"] = http_answer({"data": [{"index": at, "embedding": [0.123456] * 768} for at in range(16)]})
+    process = launch("--target", target.url, "--target-api", "openai")
+    drain = threading.Thread(target=process.stdout.read, daemon=True)
+    drain.start()
+    chat, relay = (http_request("POST", path, {**CHAT, "stream": True}) for path in ("/api/chat", "/v1/chat/completions"))
+    whole = http_request("POST", "/api/chat", {**CHAT, "stream": False})
+    rows = [("saturated stream, /v1 relay", relay, bench_script(0), 1, 60, BENCH_TOKENS, "token", b"0\r\n\r\n"),
+            ("saturated stream, translated", chat, bench_script(0), 1, 60, BENCH_TOKENS, "token", b"0\r\n\r\n"),
+            ("paced streams, 32 at once", chat, bench_script(0.02), 32, 1, 100, "token", b"0\r\n\r\n"),
+            ("tags from memory", http_request("GET", "/api/tags"), None, 1, 3000, 1, "request", b"}]}"),
+            ("non-stream chat", whole, http_answer(WHOLE), 1, 1500, 1, "request", b"}"),
+            ("embeddings, 16 of 768", http_request("POST", "/api/embed", {"model": "text-embed", "input": ["x"] * 16}), None, 1, 60, 1, "request", b"}")]
+    base = {}
+    print(f"{'':32}{'µs of processor':>16}{'per':>9}{'ratio':>8}")
+    for name, request, answer, clients, count, units, unit, ending in rows:
+        if answer is not None:
+            target.answers["/v1/chat/completions"] = answer
+        bench_client(process.port, request, 2 if units > 100 else 1, ending)
+        before = cpu_seconds(process.pid)
+        threads = [threading.Thread(target=bench_client, args=(process.port, request, count, ending)) for _ in range(clients)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        cost = (cpu_seconds(process.pid) - before) / (clients * count * units) * 1e6
+        base.setdefault(unit, cost or 1e-9)
+        print(f"{name:32}{cost:>16.2f}{unit:>9}{cost / base[unit]:>8.1f}")
+    process.terminate()
+    process.wait()
+    target.close()
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main(["-q", __file__]))
+    sys.exit(bench() if "--bench" in sys.argv else pytest.main(["-q", __file__]))
