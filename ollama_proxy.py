@@ -2250,8 +2250,6 @@ def read_vector(value: Any) -> list:
         except (ValueError, struct.error):
             raise BadUpstreamPayload("upstream sent an unreadable base64 embedding") from None
     vector = as_list(value)
-    if len(vector) == 1 and isinstance(vector[0], dict):
-        return read_vector(vector[0])
     if vector and all(isinstance(row, list) for row in vector):
         try:
             return [sum(column) / len(vector) for column in zip(*vector)] if len(vector) > 1 else vector[0]
@@ -5781,7 +5779,8 @@ def embed(request: Request, scope: Scope) -> Response:
         raise answer_error(context, error, context.config.forward_auth) from None
     vectors_apart: list = []
     try:
-        answer = load(data if call.base64 else set_aside(data, vectors_apart))
+        floats_needed = call.base64 or _VECTOR_PER_TOKEN.search(data)
+        answer = load(data if floats_needed else set_aside(data, vectors_apart))
     except (ValueError, RecursionError):
         raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}") from None
     if as_dict(answer).get("error"):
@@ -5794,6 +5793,7 @@ def embed(request: Request, scope: Scope) -> Response:
 
 # A list of many numbers is the same text in both dialects: it need not become floats on its way.
 _MANY_NUMBERS = re.compile(rb"\[\s*-?[0-9][-+0-9.eE,\s]{30,}[0-9]\s*\]")
+_VECTOR_PER_TOKEN = re.compile(rb'"embedding"\s*:\s*\[\s*\[')      # llama-cpp-python; to be averaged
 _PUT_BACK = re.compile(rb'\{"numbers":([0-9]+)\}')
 
 

@@ -2153,7 +2153,7 @@ def test_long_vectors_pass_as_they_are_written(proxy, target):
     target.answers["/v1/embeddings"] = http_answer(text)
     answer = json.loads(proxy.post("/api/embed", {"model": "text-embed", "input": ["a", "b"]}).data)
     assert answer["embeddings"] == vectors and answer["prompt_eval_count"] == 7
-    target.answers["/v1/embeddings"] = http_answer({"data": [{"embedding": [vectors[0]]}]})
+    target.answers["/v1/embeddings"] = http_answer({"data": [{"embedding": [vectors[0], vectors[0]]}]})
     assert json.loads(proxy.post("/api/embeddings", {"model": "text-embed", "prompt": "a"}).data) == {"embedding": vectors[0]}
 
 
