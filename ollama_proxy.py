@@ -1065,6 +1065,25 @@ def schema_of(parameters: Any) -> dict:
     return schema
 
 
+def gather(events: Iterable) -> tuple[str, str, list, list, Finish]:
+    """A whole reply: its text, thinking, calls, logprobs and finish.  Raises the error of a Failure."""
+    text, thinking, calls, logprobs = [], [], [], []
+    finish = Finish("stop", Usage())
+    for event in events:
+        if isinstance(event, TextDelta):
+            text.append(event.text)
+            logprobs.extend(event.logprobs or ())
+        elif isinstance(event, ThinkingDelta):
+            thinking.append(event.text)
+        elif isinstance(event, ToolCalls):
+            calls.extend(event.calls)
+        elif isinstance(event, Failure):
+            raise event.error
+        else:
+            finish = event
+    return "".join(text), "".join(thinking), calls, logprobs, finish
+
+
 def as_list(value: Any) -> list:
     """The list in a field of an upstream, or nothing."""
     return value if isinstance(value, list) else []
@@ -1736,27 +1755,13 @@ class OllamaEncoder:
 
     def fold(self, events: Iterable) -> dict:
         """All events -> the answer for stream:false.  Raises the error of a Failure."""
-        text, thinking, calls, logprobs = [], [], [], []
-        finish = Finish("stop", Usage())
-        for event in events:
-            if isinstance(event, TextDelta):
-                text.append(event.text)
-                logprobs.extend(event.logprobs or ())
-            elif isinstance(event, ThinkingDelta):
-                thinking.append(event.text)
-            elif isinstance(event, ToolCalls):
-                calls.extend(event.calls)
-            elif isinstance(event, Failure):
-                raise event.error
-            else:
-                finish = event
-        content = "".join(text)
+        content, thinking, calls, logprobs, finish = gather(events)
         if self._answer is not None:
             self._answer.append(content)
-        self._deltas = max(1, (len(content) + sum(map(len, thinking))) // 4)
+        self._deltas = max(1, (len(content) + len(thinking)) // 4)
         fields: dict = {"content": content}
         if thinking:
-            fields["thinking"] = "".join(thinking)
+            fields["thinking"] = thinking
         if calls:
             fields["tool_calls"] = ollama_calls(calls)
         self.tick()
@@ -2753,30 +2758,16 @@ class OpenAIEncoder:
 
     def fold(self, events: Iterable) -> dict:
         """All events -> the answer for stream:false.  Raises the error of a Failure."""
-        text, thinking, calls, logprobs = [], [], [], []
-        finish = Finish("stop", Usage())
-        for event in events:
-            if isinstance(event, TextDelta):
-                text.append(event.text)
-                logprobs.extend(event.logprobs or ())
-            elif isinstance(event, ThinkingDelta):
-                thinking.append(event.text)
-            elif isinstance(event, ToolCalls):
-                calls.extend(event.calls)
-            elif isinstance(event, Failure):
-                raise event.error
-            else:
-                finish = event
+        content, thinking, calls, logprobs, finish = gather(events)
         self._calls = len(calls)
-        content = "".join(text)
-        self._deltas = max(1, (len(content) + sum(map(len, thinking))) // 4)
+        self._deltas = max(1, (len(content) + len(thinking)) // 4)
         choice: dict = {"index": 0, "finish_reason": self._reason(finish)}
         if not self._chat:
             choice["text"] = content
         else:
             message: dict = {"role": "assistant", "content": content}
             if thinking:
-                message.update(dict.fromkeys(self._reasoning, "".join(thinking)))
+                message.update(dict.fromkeys(self._reasoning, thinking))
             if calls:
                 message["content"] = content or None
                 message["tool_calls"] = [self._tool_call(call, at, False) for at, call in enumerate(calls)]
