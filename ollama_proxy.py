@@ -118,11 +118,13 @@ MAX_HEADERS = 100
 MAX_BODY_BYTES = 128 * 1024 * 1024
 # A whole answer of the target: embeddings of a large batch reach tens of megabytes.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+MAX_INFLATED = 8 * 1024 * 1024   # out of one read of at most 256 KiB
 MAX_ERROR_BYTES = 256 * 1024
 # One SSE event or NDJSON line.  Ollama's own client stops at 8 MB.
 MAX_LINE_BYTES = 32 * 1024 * 1024
 # JSON Schema rarely nests beyond 20; CPython's scanner recurses in C, so the bound must be ours.
 MAX_JSON_DEPTH = 200
+MAX_JSON_VALUES = 2_000_000      # parsed, a value of 8 bytes takes some 200 bytes of memory
 MAX_CONNECTIONS = 1024
 CLIENT_TIMEOUT = 60.0            # seconds: a request head, a silent keep-alive, a reader that stopped
 BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIENT_TIMEOUT
@@ -133,6 +135,9 @@ POOL_SIZE = 64                   # idle connections kept to one target
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
 DOWN_MEMORY = 3.0                # seconds a dead target is not asked for its list again
+LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
+ABSENT_MEMORY = 600.0            # seconds metadata that is not there is not looked for again
+HUNG_MEMORY = 60.0               # seconds a target whose list hung is not asked for it again
 PROBE_TIMEOUT = 3.0              # seconds for metadata that is nice to have
 KEEPSAKES = 2048                 # tool calls whose provider extras are remembered
 DEFAULT_CONTEXT = 131072
@@ -498,6 +503,8 @@ def load_request(data: bytes) -> dict:
         raise BadRequest("missing request body")
     if json_depth(data) >= MAX_JSON_DEPTH:
         raise BadRequest("exceeded max depth")
+    if len(data) > MAX_JSON_VALUES and data.count(b",") > MAX_JSON_VALUES:
+        raise BadRequest(f"more than {MAX_JSON_VALUES} values in one request", 413)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -551,7 +558,8 @@ class LineDecoder:
     """Bytes to lines at LF, CR LF or CR, and nowhere else: U+2028 and form feed are text."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pieces: list[bytes] = []          # of a line whose end has not come
+        self._held = 0
         self._after_cr = False
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -564,22 +572,26 @@ class LineDecoder:
             if data[-1:] == b"\r":
                 self._after_cr = True
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if self._rest:
-            data = self._rest + data
         lines = data.split(b"\n")
-        self._rest = lines.pop()
-        if len(self._rest) > MAX_LINE_BYTES:
-            raise BadUpstreamPayload(f"upstream sent a line of more than {MAX_LINE_BYTES} bytes")
+        if len(lines) > 1 and self._pieces:
+            lines[0] = b"".join(self._pieces) + lines[0]
+            self._pieces, self._held = [], 0
+        rest = lines.pop()
+        if rest:
+            self._pieces.append(rest)
+            self._held += len(rest)
+            if self._held > MAX_LINE_BYTES:
+                raise BadUpstreamPayload(f"upstream sent a line of more than {MAX_LINE_BYTES} bytes")
         return lines
 
     @property
     def idle(self) -> bool:
         """No line is half read."""
-        return not self._rest and not self._after_cr
+        return not self._pieces and not self._after_cr
 
     def close(self) -> list[bytes]:
         """Returns the last line if it had no end."""
-        rest, self._rest = self._rest, b""
+        rest, self._pieces, self._held = b"".join(self._pieces), [], 0
         return [rest] if rest else []
 
 
@@ -643,12 +655,19 @@ class FrameDecoder:
             frames.append((self._event, None))
         elif payload or self._pending:
             self._pending.append(payload)
-            try:
-                value = load(payload if len(self._pending) == 1 else b"\n".join(self._pending))
-            except (ValueError, RecursionError):
+            if len(self._pending) > 1000:
+                raise BadUpstreamPayload("upstream sent an event of more than 1000 lines")
+            if len(self._pending) > 1 and payload[-1:] not in (b"}", b"]"):
                 return
-            self._pending.clear()
-            frames.append((self._event, value))
+            for candidate in ((payload,) if len(self._pending) == 1 else (b"\n".join(self._pending), payload)):
+                try:
+                    value = load(candidate)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(value, dict) or candidate is not payload or len(self._pending) == 1:
+                    self._pending.clear()
+                    frames.append((self._event, value))
+                    return
 
     def _bare_line(self, line: bytes, frames: list) -> None:
         # An NDJSON line is whole; a printed JSON document is not, and is kept for the end.
@@ -838,9 +857,12 @@ class BodyDecoder:
             is_zlib = data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
             self._inflate = zlib.decompressobj(15 if is_zlib else -15)
         try:
-            return self._inflate.decompress(data)
+            data = self._inflate.decompress(data, MAX_INFLATED)
         except zlib.error:
             raise BadUpstreamPayload("upstream sent a broken compressed body") from None
+        if self._inflate.unconsumed_tail:
+            raise BadUpstreamPayload("upstream sent a compressed body that expands beyond reason")
+        return data
 
 
 def one_line(text: Any, limit: int = 500) -> str:
@@ -961,6 +983,11 @@ class ThinkTags:
     def done(self) -> bool:
         """Nothing is held back and nothing will be: text may pass by."""
         return self._state == "plain"
+
+    @property
+    def closed(self) -> bool:
+        """The reasoning has ended, or there was none."""
+        return self._state not in ("inside",)
 
     def feed(self, text: str) -> list:
         """Returns ThinkingDelta and TextDelta events for what is certain."""
@@ -1205,12 +1232,10 @@ def keep_alive_seconds(value: Any) -> Optional[float]:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):
-        return float(value)
-    text = str(value).strip().lower()
-    try:
+        return float(value) if abs(value) < 1e12 else None
+    text = str(value)[:64].strip().lower()
+    if re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]*)?", text):
         return float(text)                      # "300" and "-1", which Ollama refuses and clients send
-    except ValueError:
-        pass
     sign, text = (-1.0, text[1:]) if text[:1] == "-" else (1.0, text.lstrip("+"))
     parts = _DURATION.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
@@ -1272,7 +1297,7 @@ def parse_parts(parts: list) -> tuple[str, tuple, str]:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
         if kind in ("text", "input_text", "output_text", "refusal"):
             texts.append(as_text(part.get("text", part.get("refusal"))))
         elif kind in ("image_url", "input_image", "image"):
@@ -1295,7 +1320,7 @@ def parse_call(call: Any) -> ToolCall:
     function = as_dict(as_dict(call).get("function")) or as_dict(call)
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise BadRequest("a tool call in the history has no function name")
+        name = "unknown"
     arguments = parse_arguments(function.get("arguments"))
     if arguments is None:
         raise BadRequest(f"invalid tool call arguments of {one_line(name, 60)}: a JSON object is expected")
@@ -1306,6 +1331,8 @@ def parse_message(message: Any) -> Message:
     """One message as Ollama and OpenAI clients write it (the two differ in names, not in meaning)."""
     if not isinstance(message, dict):
         raise BadRequest(f"json: cannot unmarshal {json_kind(message)} into field messages of type object")
+    if not all(map(str.islower, message)):
+        message = {**{key.lower(): value for key, value in message.items()}, **message}
     role = (field(message, "role", str, "") or "user").lower()
     content, images, thinking = message.get("content"), (), ""
     if isinstance(content, list):
@@ -1324,6 +1351,8 @@ def parse_message(message: Any) -> Message:
     calls = message.get("tool_calls") or ()
     if not isinstance(calls, (list, tuple)):
         raise BadRequest(f"json: cannot unmarshal {json_kind(calls)} into field tool_calls of type array")
+    if len(calls) > 512:
+        raise BadRequest("more than 512 tool calls in one message")
     return Message("system" if role == "developer" else role, content or "", thinking, images,
                    tuple(parse_call(call) for call in calls), as_text(message.get("tool_call_id")),
                    as_text(message.get("tool_name")) or (as_text(message.get("name")) if role == "tool" else ""))
@@ -1377,7 +1406,9 @@ def _parse_ollama_generate(body: dict) -> ChatCall:
     if raw or suffix:
         if not prompt and not suffix:
             return call
-        return call._replace(prompt=prompt, suffix=suffix)
+        if images:
+            raise BadRequest("images cannot be sent together with raw or suffix")
+        return call._replace(prompt=f"{system}\n\n{prompt}" if system else prompt, suffix=suffix)
     if not prompt and not images:
         return call
     if template:
@@ -1413,6 +1444,8 @@ def render_template(template: str, values: dict) -> str:
         name = re.fullmatch(r"(if\s+)?\.(\w+)", action)
         if name and name[2] in values:
             if name[1]:
+                if len(stack) > 50:
+                    raise BadRequest("template error: nested too deeply")
                 stack.append(bool(values[name[2]]))
             elif all(stack):
                 output.append(values[name[2]])
@@ -1503,10 +1536,17 @@ def render_ollama_message(message: Message, names: dict) -> dict:
     return wire
 
 
-def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0) -> Any:
-    """A tool schema with local $ref put in place, since Ollama drops references (ollama-api 2.4)."""
+def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0, budget: Optional[list] = None) -> Any:
+    """A tool schema with local $ref put in place, since Ollama drops references (ollama-api 2.4).
+
+    Raises BadRequest for one that grows beyond 10,000 places by that.
+    """
+    budget = [10000] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise BadRequest("a tool's schema refers to itself too often")
     if isinstance(schema, list):
-        return [resolve_references(item, root, depth) for item in schema]
+        return [resolve_references(item, root, depth, budget) for item in schema]
     if not isinstance(schema, dict):
         return schema
     root = schema if root is None else root
@@ -1517,8 +1557,8 @@ def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0)
             found = as_dict(found).get(part.replace("~1", "/").replace("~0", "~"))
         if isinstance(found, dict):
             rest = {key: value for key, value in schema.items() if key != "$ref"}
-            return resolve_references({**found, **rest}, root, depth + 1)
-    return {key: resolve_references(value, root, depth) for key, value in schema.items()
+            return resolve_references({**found, **rest}, root, depth + 1, budget)
+    return {key: resolve_references(value, root, depth, budget) for key, value in schema.items()
             if key not in ("$defs", "definitions")}
 
 
@@ -2089,8 +2129,11 @@ def render_openai_message(message: Message, habits: Habits) -> list[dict]:
     """One turn as OpenAI writes it; pictures in a tool result follow as a user turn."""
     if message.role == "assistant":
         if not message.tool_calls:
-            return [{"role": "assistant", "content": message.content, **_echo(message, habits)}] \
+            turns = [{"role": "assistant", "content": message.content, **_echo(message, habits)}] \
                 if message.content else []
+            if message.images:          # only users may show pictures
+                turns.append({"role": "user", "content": render_parts("", message.images)})
+            return turns
         calls, whole = [], {}
         for call in message.tool_calls:
             extra = call.extra or {}
@@ -2343,7 +2386,8 @@ class ToolAssembler:
                 raise BadUpstreamPayload(f"the model called {one_line(call['name'], 60)} with arguments that are "
                                          f"not a JSON object: {one_line(call['text'], 200)}")
             extra = {key: value for key, value in (("call", call["extra"]), ("message", message_extra)) if value}
-            calls.append(ToolCall(call["id"] or call_id(), call["name"], arguments, extra or None))
+            used = call["id"] if call["id"] and all(call["id"] != other.id for other in calls) else call_id()
+            calls.append(ToolCall(used, call["name"], arguments, extra or None))
             message_extra = {}
         return tuple(calls)
 
@@ -2385,7 +2429,9 @@ class OpenAIDecoder:
         self._any = False               # something came that was an answer
         self._alternatives = call.logprobs
         self.done = False
-        self.orphan_close = False       # a closing think tag without an opening one was seen
+        self._opened = opened
+        # True when a whole answer had only a closing tag, False when one that should have had none.
+        self.begins_inside: Optional[bool] = None
 
     frame_end = b"\n\n"
     text_keys = (b'"content":', b'"content": ', b'"text":', b'"text": ')
@@ -2421,7 +2467,7 @@ class OpenAIDecoder:
     def close(self) -> list:
         """The body ended.  Without finish reason and [DONE] that is a Failure."""
         events = self._run(self._frames.close)
-        if not self.done and self._frames.stray:
+        if not self.done and self._frames.stray and not self._any and not self._reason:
             self._stray(events)
         if not self.done:
             if self._reason:
@@ -2490,7 +2536,10 @@ class OpenAIDecoder:
             self._timings = value["timings"]
         for choice in as_list(value.get("choices")):
             if isinstance(choice, dict) and choice.get("index") in (0, None):
-                self._choice(choice, events, whole or ("message" in choice and "delta" not in choice))
+                is_whole = whole or ("message" in choice and "delta" not in choice)
+                self._choice(choice, events, is_whole)
+                if is_whole and value.get("object") != "chat.completion.chunk" and not self._reason:
+                    self._reason = "stop"       # a whole answer needs no reason to be one
 
     def _take_usage(self, usage: Any) -> None:
         if isinstance(usage, dict) and any(as_count(number) for number in usage.values()):
@@ -2511,9 +2560,10 @@ class OpenAIDecoder:
         if content is None:
             content = choice.get("text")
         if isinstance(content, list):
-            content, _, inner = parse_parts([part for part in content if isinstance(part, dict) and part.get("type")
-                                             in ("text", "thinking", "output_text", "reasoning", "refusal")])
-            thinking = thinking or inner
+            parts = [parse_parts([part]) for part in content if isinstance(part, dict) and part.get("type")
+                     in ("text", "thinking", "output_text", "reasoning", "refusal")]
+            content = "".join(text for text, _, _ in parts)
+            thinking = thinking or "".join(inner for _, _, inner in parts)
         if thinking:
             self._think(thinking, events)
         text = as_text(content) or as_text(delta.get("refusal"))
@@ -2546,8 +2596,6 @@ class OpenAIDecoder:
             for event in self._tags.feed(text):
                 events.append(event._replace(logprobs=logprobs) if isinstance(event, TextDelta) else event)
         elif text:
-            if "</think" in text:
-                self.orphan_close = True
             events.append(TextDelta(text, logprobs))
 
     def _open_tag(self, text: str) -> str:
@@ -2555,8 +2603,8 @@ class OpenAIDecoder:
         begun = text.lstrip()
         for tag in THINK_TAGS:
             if f"</{tag}>" in text and f"<{tag}>" not in text and not begun.startswith("<"):
-                self.orphan_close = True
-                return f"<{tag}>{text}"
+                self.begins_inside = True
+                return text if self._opened else f"<{tag}>{text}"
         return text
 
     def _finish(self, events: list) -> None:
@@ -2564,6 +2612,8 @@ class OpenAIDecoder:
         if held:
             self._say(held, None, events, False)
         if self._tags is not None:
+            if self._opened and not self._tags.closed and not self._reason.lower() in FINISH_LENGTH:
+                self.begins_inside = False      # the tag never came: it was the answer all along
             events += self._tags.close()
         reason = "length" if self._reason.lower() in FINISH_LENGTH else "stop"
         extra: dict = {}
@@ -2704,6 +2754,7 @@ class OpenAIEncoder:
                  reasoning: tuple = ("reasoning_content", "reasoning")) -> None:
         del started, sent
         self._call, self._reasoning = call, reasoning
+        self._ids: set = set()
         self._chat = call.face != "completion"
         self._base = {"id": ("chatcmpl-" if self._chat else "cmpl-") + call_id() + call_id(),
                       "object": "chat.completion.chunk" if self._chat else "text_completion",
@@ -2787,7 +2838,9 @@ class OpenAIEncoder:
         return sse_frame({**self._base, "choices": [choice]})
 
     def _tool_call(self, call: ToolCall, index: int, streamed: bool = True) -> dict:
-        wire = {"id": call.id or "call_" + call_id(), "type": "function",
+        used = call.id if call.id and call.id not in self._ids else "call_" + call_id()
+        self._ids.add(used)
+        wire = {"id": used, "type": "function",
                 "function": {"name": call.name, "arguments": _encode_json(call.arguments)}}
         return {"index": index, **wire} if streamed else wire
 
@@ -2876,16 +2929,20 @@ class Shortcut:
         self._pattern: Any = None       # for envelopes with a timestamp in them
         self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
-        self._rest = b""                # a line whose end has not arrived: nobody could use it yet
+        self.overhead = 0               # bytes of chunk framing, but for the odd longer size
+        self._rest: list = []           # of a line whose end has not arrived: nobody could use it yet
+        self._size = 0
 
     def feed(self, data: bytes, ordinary: Callable) -> bytes:
         """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
-        if self._rest:
-            data, self._rest = self._rest + data, b""
-        if b"\r" not in data:
-            end = data.rfind(b"\n") + 1
-            if end != len(data):
-                data, self._rest = data[:end], data[end:]
+        end = len(data) if b"\r" in data else data.rfind(b"\n") + 1
+        if not end:
+            self._rest.append(data)
+            self._size += len(data)
+            if self._size < MAX_LINE_BYTES:
+                return b""
+        rest, data = data[end:] if end else b"", b"".join(self._rest) + data[:end] if self._rest else data[:end]
+        self._rest, self._size = ([rest], len(rest)) if rest else ([], 0)
         outs = []
         while data:
             if self._head and self._decoder.plain:
@@ -2905,7 +2962,7 @@ class Shortcut:
 
     def close(self) -> bytes:
         """The unfinished line, for the decoder to judge."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = b"".join(self._rest), []
         return rest
 
     def _learn(self, data: bytes, event: Any) -> None:
@@ -2981,7 +3038,9 @@ class Shortcut:
             return b"".join([before + text + after for text in texts if text])
         fixed, after = len(before) + len(after), after + b"\r\n"
         leads = {size: b"%x\r\n%b" % (fixed + size, before) for size in set(map(len, texts))}
-        return b"".join([leads[len(text)] + text + after for text in texts if text])
+        lines = [leads[len(text)] + text + after for text in texts if text]
+        self.overhead += (len(leads[min(leads)]) - len(before) + 2) * len(lines)
+        return b"".join(lines)
 
 
 # What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.
@@ -3013,7 +3072,9 @@ class Pipe:
     media_type = ""
 
     def __init__(self, decoder: Any, encoder: Any, reasoning: Optional[Callable] = None, chunked: bool = True,
-                 tap: Optional[Callable] = None, shortcut: bool = True) -> None:
+                 tap: Optional[Callable] = None, shortcut: bool = True,
+                 redact: Callable = lambda text: text) -> None:
+        self._redact = redact
         self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
         self._chunked, self._tap = chunked, tap
         self._shortcut = Shortcut(decoder, encoder, chunked) if shortcut and reasoning is None and tap is None else None
@@ -3021,6 +3082,7 @@ class Pipe:
         self.length: Optional[int] = None
         self.started = False
         self.done = False
+        self.overhead = 0               # bytes of chunk framing among those handed out
         self.failure: Optional[Exception] = None
         self.clean = True               # the client may take the end for an end
 
@@ -3029,6 +3091,11 @@ class Pipe:
         if self._shortcut is not None:
             return self._shortcut.feed(data, self._ordinary)
         return self._ordinary(data)[0]
+
+    @property
+    def framing(self) -> int:
+        """How many of the bytes handed out were no body: the access line counts without them."""
+        return self.overhead + (self._shortcut.overhead if self._shortcut is not None else 0)
 
     def close(self) -> bytes:
         """The upstream's body ended, as its framing allows."""
@@ -3055,6 +3122,7 @@ class Pipe:
             if isinstance(event, Failure):
                 if not self.started:
                     raise event.error
+                event.error.message = self._redact(event.error.message)
                 self.done, self.failure = True, event.error
             elif isinstance(event, Finish):
                 self.done = True
@@ -3069,10 +3137,11 @@ class Pipe:
         if not self._chunked:
             return b"".join(pieces)
         # A line to a chunk: several clients take each chunk for one line (clients rule 38).
-        pieces = [http_chunk(piece) for piece in pieces]
+        chunks = [http_chunk(piece) for piece in pieces]
         if self.done:
-            pieces.append(LAST_CHUNK)
-        return b"".join(pieces)
+            chunks.append(LAST_CHUNK)
+        self.overhead += sum(map(len, chunks)) - sum(map(len, pieces))
+        return b"".join(chunks)
 
 
 class RelayPipe:
@@ -3085,6 +3154,7 @@ class RelayPipe:
     def __init__(self, media_type: str, length: Optional[int] = None, chunked: bool = True) -> None:
         self.media_type, self.length = media_type, length
         self._chunked = chunked and length is None
+        self.framing = 0
         self.started = True
         self.done = False
         self.failure: Optional[Exception] = None
@@ -3092,12 +3162,19 @@ class RelayPipe:
 
     def feed(self, data: bytes) -> bytes:
         """Returns `data`, framed."""
-        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked and data else data
+        if not self._chunked or not data:
+            return data
+        out = b"%x\r\n%b\r\n" % (len(data), data)
+        self.framing += len(out) - len(data)
+        return out
 
     def close(self) -> bytes:
         """The upstream's body ended."""
         self.done = True
-        return LAST_CHUNK if self._chunked else b""
+        if not self._chunked:
+            return b""
+        self.framing += len(LAST_CHUNK)
+        return LAST_CHUNK
 
     def fail(self, error: ProxyError) -> bytes:
         """The upstream broke: the connection to the client must be cut."""
@@ -3423,6 +3500,7 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + 
     def secrets(self) -> tuple:
         """Every text that must never be shown."""
         found = [self.destination.key, self.client_key] + [value for _, value in self.header]
+        found += [value for name, value in urllib.parse.parse_qsl(self.destination.query) if name != "api-version"]
         return tuple(sorted({text for text in found if len(text) > 3}, key=len, reverse=True))
 
     @classmethod
@@ -3786,8 +3864,8 @@ class Reply:
                 return data
         return b""
 
-    def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
-        """The whole body.  Raises BadUpstreamPayload when it is larger than `limit`."""
+    def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
+        """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised."""
         pieces, size = [], 0
         while True:
             data = self.recv()
@@ -3795,6 +3873,8 @@ class Reply:
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.append(data)
             size += len(data)
+            if size > limit and cut:
+                return b"".join(pieces)[:limit]
             if size > limit:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
 
@@ -3841,12 +3921,16 @@ class Upstream:
             if reply.status not in (301, 302, 303, 307, 308):
                 return reply
             location = reply.headers.get("location", "")
-            where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
             reply.close()
+            try:
+                where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
+                port = where.port
+            except ValueError:
+                raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
             default = {"http": 80, "https": 443}.get(where.scheme)
-            if not location or (where.scheme, where.hostname, where.port or default) != (
+            if not location or (where.scheme, where.hostname, port or default) != (
                     target.scheme, target.host.lower(), target.port):
-                raise UpstreamError(f"{target.url} redirects to {one_line(location, 200) or 'nowhere'}: "
+                raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
                                     "give that address as --target if it is the right one")
             path = where.path + (f"?{where.query}" if where.query else "")
         raise UpstreamError(f"{target.url} redirects in circles")
@@ -4735,7 +4819,8 @@ class Catalogue:
         self._names: dict = {}
         self._fetched = self._failed = 0.0
         self._error: Optional[UpstreamError] = None
-        self._absent: set = set()
+        self._absent: dict = {}                 # probe -> until when it is not asked again
+        self._probed = False
         self._details: dict = {}                # id -> ModelInfo that probes told
         self._thinkers: set = set()             # ids whose answers were seen to think
         self._busy: Optional[threading.Event] = None
@@ -4762,10 +4847,10 @@ class Catalogue:
             found = self._find(name)
             if found is not None:
                 return found
-            if attempt == 0 and time.monotonic() - max(self._fetched, self._failed) > 1.0:
+            if attempt == 0 and time.monotonic() - max(self._fetched, self._failed) > (1.0 if self._models else 0.2):
                 self._update(None, False, force=True)
         if not self._models and not self._patterns:
-            if self._error is not None and not isinstance(self._error, UpstreamRefused):
+            if isinstance(self._error, UpstreamUnreachable):
                 raise self._error
             return ModelInfo(self._aliased(name), shown=name)
         if self._passes_unlisted(name):
@@ -4874,13 +4959,17 @@ class Catalogue:
     def _allowed(self, info: ModelInfo, aliases: tuple) -> bool:
         if not self._patterns:
             return True
-        forms = {info.id, info.id.rpartition("/")[2], info.shown, *aliases}
-        forms |= {form.rpartition(":")[0] for form in forms if form.endswith((":latest", ":proxy"))}
-        forms = {form.lower() for form in forms if form}
+        tags = tuple(f":{tag}" for tag in ("latest", "proxy", self._config.tag.lower()) if tag)
+
+        def bare(name: str) -> str:
+            return next((name[:-len(tag)] for tag in tags if name.endswith(tag)), name)
+
+        forms = {form.lower() for form in (info.id, self._short(info.id), info.shown, *aliases) if form}
+        forms |= {bare(form) for form in forms}
 
         def hit(pattern: str) -> bool:
-            pattern = pattern.lower()
-            return any(form in (pattern, pattern + ":latest") or fnmatch.fnmatchcase(form, pattern) for form in forms)
+            patterns = {pattern.lower(), bare(pattern.lower())}
+            return any(fnmatch.fnmatchcase(form, one) or form == one for form in forms for one in patterns)
 
         wanted = [pattern for pattern in self._patterns if not pattern.startswith("!")]
         return (not wanted or any(map(hit, wanted))) \
@@ -4909,21 +4998,23 @@ class Catalogue:
         """Starts a refresh when one is due, and waits `patience` seconds for it (None: to its end)."""
         now = time.monotonic()
         known = self._models is not None
-        due = force or not known or not self._is_fresh() or (details and "probed" not in self._absent)
-        if not due or (now - self._failed < DOWN_MEMORY and not force):
+        due = force or not known or not self._is_fresh() or (details and not self._probed)
+        hung = isinstance(self._error, UpstreamTimeout)
+        memory = HUNG_MEMORY if hung else DOWN_MEMORY if known else 0.2
+        if not due or (now - self._failed < memory and (hung or not force)):
             return
         with self._lock:
             busy = self._busy
             if busy is None:
                 busy = self._busy = threading.Event()
                 threading.Thread(target=self._refresh, args=(busy, details), name="catalogue", daemon=True).start()
-        first = not known or (details and "probed" not in self._absent)
+        first = not known or (details and not self._probed)
         busy.wait(self._config.connect_timeout + 5 if patience is None or first else patience)
 
     def _refresh(self, done: threading.Event, details: bool) -> None:
         try:
             native = self._api() == "ollama"
-            status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", None)
+            status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
             models = read_models(payload) if status < 400 else None
             if models is None:
                 sentence = error_sentence(payload) if status >= 400 or payload else ""
@@ -4932,7 +5023,7 @@ class Catalogue:
             with self._lock:
                 self._index(models)
             self._fetched, self._error = time.monotonic(), None
-            if not native and (details or "probed" in self._absent):
+            if not native and (details or self._probed):
                 self._probe(models, headers)
         except ProxyError as error:
             self._failed = time.monotonic()
@@ -4953,16 +5044,17 @@ class Catalogue:
         found: dict = {}
         answered: set = set()
         for probe in PROBES:
-            if not signs & probe.signs or probe.path in self._absent or probe.instead in answered:
+            if not signs & probe.signs or probe.instead in answered \
+                    or self._absent.get(probe.path, 0.0) > time.monotonic():
                 continue
             told = self._ask(probe, models)
             if not told:
-                self._absent.add(probe.path)
+                self._absent[probe.path] = time.monotonic() + ABSENT_MEMORY
                 continue
             answered.add(probe.path)
             for info in told:
                 found[info.id] = merge_info(found.get(info.id, info), info)
-        self._absent.add("probed")
+        self._probed = True
         with self._lock:
             if found != self._details:
                 self._details = found
@@ -5144,6 +5236,7 @@ SYMPTOMS = (
                                         r"|[Mm]issing .?reasoning_content"),
     Remedy("max_tokens", _rename("max_completion_tokens"), r"max_completion_tokens.? instead"),
 )
+_VALUE_REFUSED = re.compile(r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)", re.I)
 _CONTEXT_OVERFLOW = re.compile(r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens"
                                r"|n_ctx", re.I)
 # Never dropped: an answer without them would be an answer to another question (rule 29).
@@ -5200,9 +5293,10 @@ class Healer:
         if error.status not in (400, 404, 422, 501):
             return False
         error.message = error.message[:20000]
-        if _CONTEXT_OVERFLOW.search(error.message) and "max_tokens" in body \
+        limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
+        if limit and _CONTEXT_OVERFLOW.search(error.message) \
                 and not re.search("unsupported|not supported", error.message, re.I):
-            return (None, _drop) not in tried and self._try(None, _drop, body, tried, "max_tokens")
+            return self._try(None, _drop, body, tried, limit)
         for row in SYMPTOMS:
             if re.search(row.pattern, error.message) and self._try(row.key, row.act, body, tried):
                 return True
@@ -5242,7 +5336,7 @@ class Keepsakes:
         with self._lock:
             for call in calls:
                 if call.extra:
-                    self._kept[call.id] = call.extra
+                    self._kept[self._key(call)] = call.extra
                     while len(self._kept) > KEEPSAKES:
                         self._kept.popitem(last=False)
 
@@ -5251,8 +5345,13 @@ class Keepsakes:
         if not self._kept:
             return messages
         return tuple(message._replace(tool_calls=tuple(
-            call._replace(extra=self._kept.get(call.id)) for call in message.tool_calls))
+            call._replace(extra=self._kept.get(self._key(call))) for call in message.tool_calls))
             if message.tool_calls else message for message in messages)
+
+    @staticmethod
+    def _key(call: ToolCall) -> str:
+        """Ids like call_0 come again in every conversation; the whole call hardly does."""
+        return digest_of(_encode_json([call.id, call.name, call.arguments]))
 
 # ----------------------------------------------------------------------------
 # Room 13.  Operations: one short function per verb
@@ -5356,6 +5455,7 @@ class Context:
         self.keepsakes = Keepsakes()
         self.openers: set = set()       # models whose answers begin inside a think tag
         self.fallback = parse_target(config.fallback, "ollama") if config.fallback else None
+        self._unknown_since = -1e9
         self._api = config.target_api if config.target_api != "auto" else ""
         if not self._api and (self.target.name or self.target.preset.hosts):
             self._api = self.target.preset.api
@@ -5366,10 +5466,15 @@ class Context:
     def api(self) -> str:
         """What the target speaks, "openai" or "ollama": found out by asking, kept once it answered."""
         if not self._api:
+            if time.monotonic() - self._unknown_since < DOWN_MEMORY:
+                return "openai"
             try:
                 self._api = "ollama" if self._is_ollama() else "openai"
-            except (UpstreamUnreachable, UpstreamTimeout):
-                return "openai"         # down: asked again next time
+            except UpstreamUnreachable:
+                self._unknown_since = time.monotonic()
+                return "openai"         # down: asked again soon
+            except UpstreamTimeout:     # an Ollama answers this at once
+                self._api = "openai"
         return self._api
 
     def _is_ollama(self) -> bool:
@@ -5407,12 +5512,18 @@ class Context:
     def headers(self, request: Optional[Request] = None) -> list:
         """What goes to the target with every request: its key, never the client's unless so configured."""
         headers = list(self._headers)
-        if self.config.forward_auth and request is not None:
-            client = request.headers.get("authorization", "")
-            if is_real_key(client):
-                headers = [pair for pair in headers if pair[0].lower() != "authorization"]
-                headers.append(("Authorization", client))
+        client = self.client_authorization(request)
+        if client:
+            headers = [pair for pair in headers if pair[0].lower() != "authorization"]
+            headers.append(("Authorization", client))
         return headers
+
+    def client_authorization(self, request: Optional[Request]) -> str:
+        """The client's own key, when it is to be passed on; the key of our own door never is."""
+        if not self.config.forward_auth or request is None:
+            return ""
+        client, own = request.headers.get("authorization", ""), self.config.client_key
+        return client if is_real_key(client) and not (own and own in client) else ""
 
     def path(self, native: bool, path: str) -> str:
         """A path on the target, its base and the query of the configured URL added."""
@@ -5484,9 +5595,12 @@ class Scope:
         self.release()
 
 
-def refusal(reply: Reply, target: Target) -> UpstreamRefused:
+def refusal(reply: Reply) -> UpstreamRefused:
     """An error answer of the target, read and understood."""
-    data = reply.read(MAX_ERROR_BYTES) if reply.status < 600 else b""
+    try:
+        data = reply.read(MAX_ERROR_BYTES, cut=True)
+    except (StreamTruncated, BadUpstreamPayload):
+        data = b""                      # the status is worth more than half a text
     reply.close()
     try:
         body = load(data)
@@ -5496,8 +5610,8 @@ def refusal(reply: Reply, target: Target) -> UpstreamRefused:
     wait = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
     if wait and reply.status in (402, 429, 503):
         headers.append(("Retry-After", one_line(wait, 60)))
-    del target
-    return UpstreamRefused(error_text(data, reply.status), reply.status, headers, body, data, reply.content_type)
+    status = reply.status if 400 <= reply.status <= 599 else 502
+    return UpstreamRefused(error_text(data, reply.status), status, headers, body, data, reply.content_type)
 
 
 _LOADING = re.compile(r"loading|warming up|starting up", re.I)
@@ -5514,7 +5628,7 @@ def send(scope: Scope, request: Request, wire: WireRequest, model: str) -> Reply
     headers = context.headers(request) + [("Content-Type", JSON), ("Accept", EVENT_STREAM if wire.body.get("stream")
                                                                    and not native else JSON)]
     where = (context.target.url, wire.path, model)
-    body, tried, first = dict(wire.body), [], None
+    body, tried, lessons, first = dict(wire.body), [], [], None
     context.healer.apply(where, context.target.preset, body)
     patient_until = time.monotonic() + context.config.timeout
     while True:
@@ -5524,9 +5638,9 @@ def send(scope: Scope, request: Request, wire: WireRequest, model: str) -> Reply
         reply = scope.open(context.target, "POST", path, headers, data)
         if reply.status < 300:
             if tried:
-                context.healer.remember(where, [lesson for lesson in tried if lesson[0] is not None])
+                context.healer.remember(where, lessons)
             return reply
-        error = refusal(reply, context.target)
+        error = refusal(reply)
         context.log.debug(f"Target response: {error.status} {error.message}")
         loading = error.status == 503 and (_LOADING.search(error.message) or "model_loading" in str(error.body))
         if loading and time.monotonic() < patient_until:
@@ -5536,20 +5650,28 @@ def send(scope: Scope, request: Request, wire: WireRequest, model: str) -> Reply
         first = first or error
         if len(tried) >= 6 or not context.healer.heal(error, body, tried):
             raise first
+        if tried[-1][0] is not None and not _VALUE_REFUSED.search(error.message):
+            lessons.append(tried[-1])   # the field is the trouble, not this client's value
 
 
-def answer_error(context: Context, error: UpstreamRefused, client_key: bool) -> ProxyError:
-    """A refusal as the client should see it: trouble with *our* key is not the client's 401."""
-    if error.status in (401, 403) and not client_key:
+def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
+    """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
+    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.client_authorization(request):
         return UpstreamError(f"{context.target.url} refused the key of this proxy: {error.message}", 502)
     return error
 
 
+def settings_for(config: Config, *names: str) -> list[dict]:
+    """The --set rows whose pattern fits any of a model's names, with or without vendor and tag."""
+    forms = {form.lower() for name in names for form in (name, name.rpartition("/")[2])}
+    forms |= {re.sub(":(latest|proxy)$", "", form) for form in forms}
+    return [values for pattern, values in config.set
+            if any(fnmatch.fnmatchcase(form, pattern.lower()) for form in forms)]
+
+
 def with_defaults(config: Config, model: str, call: ChatCall) -> ChatCall:
     """--set and the think list, where the client said nothing."""
-    for pattern, values in config.set:
-        if not fnmatch.fnmatchcase(model.lower(), pattern.lower()) and model.lower() != pattern.lower():
-            continue
+    for values in settings_for(config, model, call.model):
         options, extra = parse_options(values)
         for key in ("think", "keep_alive", "format", "reasoning", "open_think"):
             extra.pop(key, None)
@@ -5578,8 +5700,6 @@ def converse(request: Request, scope: Scope) -> Response:
     if client is context.dialect:
         return relay_native(request, scope) if client is OLLAMA else relay_openai(request, scope)
     body = load_request(request.body)
-    if context.log.debugging:
-        context.log.debug(f"{request.method} {request.path} - Body: {request.body.decode()}")
     call = client.parse_chat(body, face)
     info = context.catalogue.resolve(call.model)
     if not call.messages and call.prompt is None:
@@ -5597,11 +5717,10 @@ def converse(request: Request, scope: Scope) -> Response:
     try:
         reply = send(scope, request, wire, info.id)
     except UpstreamRefused as error:
-        if error.status == 404 and "no such" not in error.message and wire.path == "/chat/completions" \
-                and call.face == "generate" and "model" not in error.message.lower():
-            reply = send(scope, request, context.dialect.render_chat(as_continuation(wired), habits, info.context), info.id)
-        else:
-            raise answer_error(context, error, context.config.forward_auth) from None
+        if error.status != 404 or wire.path != "/chat/completions" or call.face != "generate" \
+                or "model" in error.message.lower():
+            raise
+        reply = send(scope, request, context.dialect.render_chat(as_continuation(wired), habits, info.context), info.id)
     encoder = client.Encoder(call._replace(model=name), context.clock, request.started, sent,
                              **({"reasoning": reasoning_fields(context.config)} if client is OPENAI else {}))
     opened = info.id in context.openers or bool(setting_for(context.config, info.id, "open_think"))
@@ -5612,7 +5731,7 @@ def converse(request: Request, scope: Scope) -> Response:
         return whole_answer(reply, decoder, encoder, keep, shape, scope, wired)
     pipe = Pipe(keep, encoder, shape, request.version == 1,
                 (lambda label, data: context.log.debug(f"{label}: {data.decode('utf-8', 'replace')}"))
-                if context.log.debugging else None)
+                if context.log.debugging else None, redact=context.log.redact)
     return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=peek(reply, pipe, scope))
 
 
@@ -5648,8 +5767,10 @@ class Witness:
                     self._context.catalogue.note_thinking(self._model)
             elif isinstance(event, ToolCalls):
                 self._context.keepsakes.keep(event.calls)
-            elif isinstance(event, (Finish, Failure)) and getattr(self._decoder, "orphan_close", False):
-                self._context.openers.add(self._model)
+            elif isinstance(event, Finish):
+                inside = getattr(self._decoder, "begins_inside", None)
+                if inside is not None:
+                    (self._context.openers.add if inside else self._context.openers.discard)(self._model)
         return events
 
 
@@ -5666,10 +5787,7 @@ def reasoning_filter(config: Config, call: ChatCall) -> Optional[ReasoningFilter
 
 def setting_for(config: Config, model: str, key: str) -> Any:
     """A value given by --set for a model, for keys that are no options of the target."""
-    for pattern, values in config.set:
-        if key in values and fnmatch.fnmatchcase(model.lower(), pattern.lower()):
-            return values[key]
-    return None
+    return next((values[key] for values in settings_for(config, model) if key in values), None)
 
 
 def as_continuation(call: ChatCall) -> ChatCall:
@@ -5764,10 +5882,7 @@ def embed(request: Request, scope: Scope) -> Response:
     if call.keep_alive is None:
         call = call._replace(keep_alive=setting_for(context.config, info.id, "keep_alive"))
     wire = context.dialect.render_embed(call._replace(model=info.id), context.habits())
-    try:
-        data = send(scope, request, wire, info.id).read()
-    except UpstreamRefused as error:
-        raise answer_error(context, error, context.config.forward_auth) from None
+    data = send(scope, request, wire, info.id).read()
     vectors_apart: list = []
     try:
         floats_needed = call.base64 or _VECTOR_PER_TOKEN.search(data)
@@ -5890,6 +6005,8 @@ def pull_model(request: Request, scope: Scope) -> Response:
         info = context.catalogue.resolve(name)
     except BadRequest:
         return unsupported(request, scope)
+    if not info.raw:                    # taken on trust: nobody has seen it in a list
+        return unsupported(request, scope)
     if not field(body, "stream", bool, True):
         return json_response({"status": "success"})
     digest = "sha256:" + digest_of(info.id)
@@ -5911,7 +6028,8 @@ def unsupported(request: Request, scope: Scope) -> Response:
     if context.api() == "ollama":
         return relay_native(request, scope)
     if context.fallback is not None:
-        return relay(scope, request, context.fallback, request.path, request.chunks or request.body, key=False)
+        return relay(scope, request, context.fallback, context.fallback.root + request.path,
+                     request.chunks or request.body, key=False)
     verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
     raise BadRequest(f"{_VERBS.get(verb, request.path)} is not supported by this proxy: the models live on "
                      f"{context.target.url} (--fallback URL sends such requests to a real Ollama)", 501)
@@ -5980,7 +6098,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         reply = scope.open(target, request.method, whole, headers + client_headers(request), body)
         if reply.status < 400:
             break
-        error = refusal(reply, target)
+        error = refusal(reply)
         again = heal(error) if heal is not None and error.status in (400, 422) else None
         if again is None:
             context.log.debug(f"Target response: {error.status} {error.message}")
@@ -5995,7 +6113,8 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     if request.method == "HEAD" or reply.body.done or (counted is not None and counted <= 4 * READ_SIZE):
         data = reply.read()
         if context.log.debugging:
-            context.log.debug(f"Target response: {data.decode('utf-8', 'replace')}")
+            took = (time.monotonic_ns() - request.started) // 1_000_000
+            context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {took}ms)")
         return Response(reply.status, data, media_type, answer_headers(reply))
     pipe = RelayPipe(media_type, counted, request.version == 1)
     return Response(reply.status, media_type=media_type, headers=answer_headers(reply), pipe=pipe, reply=reply)
@@ -6013,22 +6132,39 @@ def with_model(data: bytes, body: dict, model: str) -> bytes:
     return dump({**body, "model": model})
 
 
+def unambiguous(data: bytes, body: dict) -> bytes:
+    """A request that names its model once: what another parser could read otherwise is written anew."""
+    others = [key for key in body if key != "model" and key.lower() == "model"]
+    for key in others:
+        del body[key]
+    return dump(body) if others or (data.count(b'"model"') > 1 and len(_TOP_MODEL.findall(data)) > 1) else data
+
+
+_TOP_MODEL = re.compile(rb'"model"\s*:')
+
+
 def relay_openai(request: Request, scope: Scope) -> Response:
     """/v1/* between an OpenAI client and a target that speaks it: only the model's name and the key change."""
     context = scope.context
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     data, body = request.body, None
-    if data and request.method == "POST" and "multipart" not in request.headers.get("content-type", ""):
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if data and media_type == "multipart/form-data":
+        found = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', data)
+        if context.catalogue.filtered:
+            context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
+    elif data and (request.method == "POST" or context.catalogue.filtered):
         body = load_request(data)
-        if context.log.debugging:
-            context.log.debug(f"{request.method} {request.path} - Body: {data.decode('utf-8', 'replace')}")
+        data = unambiguous(data, body)
         name = body.get("model")
         if isinstance(name, str) and name:
             info = context.catalogue.resolve(name)
             if info.id != name:
                 data = with_model(data, body, info.id)
                 body["model"] = info.id
+        elif context.catalogue.filtered and name is not None:
+            raise BadRequest("model must be a string")
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Leaves out what an editor added for itself, when the target names it (clients rule 43)."""
@@ -6053,11 +6189,15 @@ def relay_native(request: Request, scope: Scope) -> Response:
         return filtered_native(request, scope, path)
     injected = False
     data, body = request.chunks or request.body, None
+    if isinstance(data, bytes) and data and not request.route.face and context.catalogue.filtered:
+        named = load_request(data)
+        for key in ("model", "name", "source", "from"):
+            if isinstance(named.get(key), str) and context.catalogue.is_hidden(named[key]):
+                raise model_not_found(named[key])
+        data = dump(named)
     if isinstance(data, bytes) and data and request.route.face:
         body = load_request(data)
         data, injected = native_body(context, request, body)
-        if context.log.debugging:
-            context.log.debug(f"{request.method} {request.path} - Body: {data.decode('utf-8', 'replace')}")
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
@@ -6071,7 +6211,9 @@ def relay_native(request: Request, scope: Scope) -> Response:
 def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
     """A native request with names resolved and defaults filled in -> (body, whether think was injected);
     untouched bytes when there is nothing to do.  Changes `body`, too."""
-    config, before = context.config, dict(body)
+    config = context.config
+    data = unambiguous(request.body, body)
+    before = dict(body)
     name = require_model(body)
     try:
         info = context.catalogue.resolve(name) if name else None
@@ -6084,19 +6226,18 @@ def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, 
     injected = False
     if request.route.face in ("chat", "generate"):
         model = info.id if info is not None else name
-        for pattern, values in config.set:
-            if fnmatch.fnmatchcase(model.lower(), pattern.lower()):
-                options = {key: value for key, value in values.items()
-                           if key not in ("think", "keep_alive", "format", "open_think")}
-                if options:
-                    body["options"] = {**options, **as_dict(body.get("options"))}
-                for key in ("think", "keep_alive", "format"):
-                    if key in values and body.get(key) is None:
-                        body[key] = values[key]
-                        injected = injected or key == "think"
+        for values in settings_for(config, model, name):
+            options = {key: value for key, value in values.items()
+                       if key not in ("think", "keep_alive", "format", "open_think")}
+            if options:
+                body["options"] = {**options, **as_dict(body.get("options"))}
+            for key in ("think", "keep_alive", "format"):
+                if key in values and body.get(key) is None:
+                    body[key] = values[key]
+                    injected = injected or key == "think"
         if body.get("think") is None and thinks_always(config, model):
             body["think"], injected = True, True
-    return (request.body if body == before else dump(body)), injected
+    return (data if body == before else dump(body)), injected
 
 
 def filtered_native(request: Request, scope: Scope, path: str) -> Response:
@@ -6214,7 +6355,9 @@ ROUTES = {
     ("POST", "/v1/embeddings"): Route(embed, OPENAI, "embed"),
 }
 
-# Paths that carry an argument; None is any method.  The last row is everything else under /v1.
+# What is relayed.  TRACE would echo our own key to the client, CONNECT would make us an open proxy.
+RELAYED_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+# Paths that carry an argument; None is any relayed method.  The last row is everything else under /v1.
 PREFIXES = (
     ("GET", "/v1/models/", Route(show_openai_model, OPENAI)),
     ("POST", "/api/blobs/", Route(unsupported, OLLAMA, "", True)),
@@ -6229,8 +6372,13 @@ _ROOT_ALIASES = frozenset(("/chat/completions", "/completions", "/embeddings", "
 _ODD_PREFIX = re.compile(r"^/v1(?=/api/)|^/api(?=/v1/(?!models$))|^/api/(?:chat|generate)(?=/api/)|^/v1(?=/v1/)")
 
 
+# Escapes of letters, digits and -._~ mean the characters themselves (RFC 3986 section 6.2.2.2).
+_ESCAPED = re.compile("%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
+
+
 def clean_path(path: str) -> str:
     """The path a client meant: slashes doubled by a base URL, prefixes doubled by a habit."""
+    path = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), path)
     while "//" in path:
         path = path.replace("//", "/")
     if len(path) > 1:
@@ -6252,12 +6400,15 @@ def match(request: Request, context: Context) -> Route:
         raise BadRequest("method not allowed", 405, [("Allow", ", ".join(allowed + ["OPTIONS"]))])
     for wanted, prefix, row in PREFIXES:
         if request.path.startswith(prefix) and len(request.path) > len(prefix):
+            if wanted is None and request.method not in RELAYED_METHODS:
+                raise BadRequest("method not allowed", 405, [("Allow", ", ".join(RELAYED_METHODS + ("OPTIONS",)))])
             if wanted in (None, request.method) or (wanted == "GET" and request.method == "HEAD"):
                 request.arguments = tuple(request.path[len(prefix):].split("/"))
                 return row
     if request.path.startswith("/api/blobs/"):
         raise BadRequest("method not allowed", 405, [("Allow", "HEAD, POST, OPTIONS")])
-    if request.path.startswith("/api/") and (context.fallback is not None or context.api() == "ollama"):
+    if request.path.startswith("/api/") and request.method in RELAYED_METHODS \
+            and (context.fallback is not None or context.api() == "ollama"):
         return Route(unsupported)
     raise BadRequest(f"{one_line(request.path, 100)} not found", 404)
 
@@ -6328,7 +6479,11 @@ def parse_request_head(head: bytes) -> Request:
         raise BadRequest("the request target must be a path: this is no forward proxy", close=True)
     request = Request(match_line[1].decode("ascii"), target, int(match_line[3]), headers)
     _frame_body(request)
-    if any(part in ("..", ".") for part in urllib.parse.unquote(request.path).replace("\\", "/").split("/")):
+    plain = request.path
+    for _ in range(3):                  # escaped escapes are undone somewhere behind us
+        plain = urllib.parse.unquote(plain, "latin-1")
+    parts = [part.partition(";")[0] for part in re.split(r"[/\\\xc0\xaf]", plain)]
+    if "\0" in plain or any(part.rstrip(" ") in ("..", ".") for part in parts):
         raise BadRequest("dot segments are not allowed in the path")
     return request
 
@@ -6526,20 +6681,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         close_quietly(request)
 
     def _serve(self, request: Any, client_address: Any) -> None:
-        handler = None
+        handed_over = False
         try:
             if self._tls is not None:
                 request.settimeout(self.context.config.client_timeout)
                 request = self._tls.wrap_socket(request, server_side=True)
-            handler = ProxyHandler(request, client_address, self)
+            handed_over = ProxyHandler(request, client_address, self).run()
         except OSError:
             pass                        # a handshake that failed, a client that left
         finally:
-            if handler is None or not handler.detached:
+            if not handed_over:
                 self.ended(request)
 
     def ended(self, request: Any) -> None:
         """A connection is over."""
+        self._idle.discard(request)
         shut(request)
         close_quietly(request)
         with self._count:
@@ -6602,7 +6758,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection.  _serve_one is one request, read aloud."""
 
     protocol_version = "HTTP/1.1"
-    detached = False                    # a stream in the pump owns the connection
 
     def setup(self) -> None:
         """Plain sockets instead of files: one read for a head, one write for an answer."""
@@ -6617,21 +6772,31 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Nothing to flush."""
 
     def handle(self) -> None:
-        """Requests, one after another, until one side has enough."""
-        self.detached = False
-        try:
-            while self._serve_one():
-                pass
-        except OSError:
-            pass                        # the client is gone; whoever cared has logged it
+        """Nothing yet: the server calls run(), because it needs the answer."""
 
-    def _serve_one(self) -> bool:
-        """One request from head to access line; returns whether another may follow."""
+    def run(self) -> bool:
+        """Requests, one after another, until one side has enough.
+
+        True when the connection was handed to the pump with a stream: then it is no longer the caller's,
+        and may be somebody else's already.
+        """
+        try:
+            again: Optional[bool] = True
+            while again:
+                again = self._serve_one()
+            return again is None
+        except OSError:
+            return False                # the client is gone; whoever cared has logged it
+
+    def _serve_one(self) -> Optional[bool]:
+        """One request from head to access line; returns whether another may follow, None when handed over."""
         try:
             head = self._read_head()
             if head is None:
                 return False
             request = parse_request_head(head)
+        except ClientGone:
+            return False
         except BadRequest as error:
             return self._refuse_framing(error)
         self.server.call_began(self.connection)
@@ -6644,6 +6809,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             except ClientGone as gone:
                 return self._done(request, gone.status, 0, False)
             except ProxyError as error:
+                if not request.path.startswith("/v1"):
+                    error = blame_our_key(self.context, error, request)
                 response = self._error_response(request, error)
             except OSError:
                 return self._done(request, ClientGone.status, 0, False)
@@ -6651,7 +6818,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 complain(error)
                 response = self._error_response(request, ProxyError("internal error"))
             try:
-                return self._send(request, response, scope)
+                try:
+                    return self._send(request, response, scope)
+                except ProxyError as error:     # a relayed answer that breaks before a byte of it was sent
+                    return self._send(request, self._error_response(request, error), scope)
             except OSError:
                 return self._done(request, ClientGone.status, 0, False)
         finally:
@@ -6668,8 +6838,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request.chunks = self._body_chunks(request, None)
         else:
             request.body = self._read_body(request)
-        if self.context.log.debugging and not request.body:
-            self.context.log.debug(f"{request.method} {request.path}")
+        if self.context.log.debugging:
+            body = f" - Body: {request.body.decode('utf-8', 'replace')}" if request.body else ""
+            self.context.log.debug(f"{request.method} {request.path}{body}")
         return route.operation(request, scope)
 
     # -- who may talk
@@ -6799,6 +6970,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if coding not in ("gzip", "x-gzip", "deflate"):
             raise BadRequest(f"request bodies compressed as {one_line(coding, 40)} are not understood", 415)
         inflate = zlib.decompressobj(47)
+        limit = min(limit, max(1 << 20, 50 * len(body)))        # text shrinks tenfold, bombs a thousandfold
         try:
             body = inflate.decompress(body, limit + 1)
         except zlib.error:
@@ -6857,8 +7029,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         head = "\r\n".join([f"HTTP/1.1 {response.status} {reason}"] + lines)
         return head.encode("latin-1", "replace") + b"\r\n" + date[1]
 
-    def _send(self, request: Request, response: Response, scope: Scope) -> bool:
-        """Writes the answer, or hands it to the pump; returns whether another request may follow."""
+    def _send(self, request: Request, response: Response, scope: Scope) -> Optional[bool]:
+        """Writes the answer, or hands it to the pump; returns as _serve_one does."""
         keep = request.keep and not self._unread and not self.server.draining
         if response.pipe is None or response.pipe.done:
             scope.release()
@@ -6873,9 +7045,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if not pipe.done:
             return self._stream(request, response, scope, first, keep)
         self.connection.sendall(first)
-        return self._done(request, response.status, size, keep and pipe.clean, pipe.failure)
+        return self._done(request, response.status, size - pipe.framing, keep and pipe.clean, pipe.failure)
 
-    def _stream(self, request: Request, response: Response, scope: Scope, first: bytes, keep: bool) -> bool:
+    def _stream(self, request: Request, response: Response, scope: Scope, first: bytes, keep: bool) -> Optional[bool]:
         """The rest of a stream belongs to the pump; this thread is free."""
         config, reply = self.context.config, response.reply
         tap = (lambda label, data: self.context.log.debug(f"{label}: {data.decode('utf-8', 'replace')}")) \
@@ -6884,39 +7056,41 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body = b""
         if rest:                        # a relay has not looked at what came with the head
             body = reply.body.feed(rest)
+            if body and tap:
+                tap("Target chunk", body)
             if body:
                 first += response.pipe.feed(body)
             if reply.body.broken is not None:
                 first += response.pipe.fail(reply.body.broken)
             elif reply.body.done:
                 first += response.pipe.close()
+        head = first.index(b"\r\n\r\n") + 4
         self.connection.sendall(first)
         if response.pipe.done:
-            return self._done(request, response.status, len(first), keep and response.pipe.clean, response.pipe.failure)
+            return self._done(request, response.status, len(first) - head - response.pipe.framing,
+                              keep and response.pipe.clean, response.pipe.failure)
         stream = Stream(self.connection, reply, response.pipe, (config.timeout, config.client_timeout),
                         lambda ended: self.server.crew.run(self._streamed, request, response.status, keep, ended), tap)
-        stream.sent = len(response.first) + len(body)
-        self.detached = True
+        stream.sent = len(first) - head
         scope.hand_over(reply)
         self.context.pump.adopt(stream)
-        return False
+        return None
 
     def _streamed(self, request: Request, status: int, keep: bool, stream: Stream) -> None:
         """The pump is done with the stream: the connection is ours again."""
         gone = isinstance(stream.outcome, ClientGone)
-        again = False
+        handed_over = False
         try:
             if not gone and stream.pipe.clean and keep and not self.server.draining:
                 self.connection.setblocking(True)
                 set_patience(self.connection, self.context.config.client_timeout)
-            again = self._done(request, ClientGone.status if gone else status, stream.sent,
-                               keep and not gone and stream.pipe.clean and not self.server.draining, stream.outcome)
-            if again:
-                self.handle()
+            if self._done(request, ClientGone.status if gone else status, max(0, stream.sent - stream.pipe.framing),
+                          keep and not gone and stream.pipe.clean and not self.server.draining, stream.outcome):
+                handed_over = self.run()
         except OSError:
-            again = False
+            pass
         finally:
-            if not again or not self.detached:
+            if not handed_over:
                 self.server.ended(self.connection)
 
     def _done(self, request: Request, status: int, size: int, keep: bool, failure: Optional[Exception] = None) -> bool:
@@ -7166,7 +7340,7 @@ def check(config: Config) -> int:
                 target, "POST", context.path(context.api() == "ollama", wire.path),
                 context.headers() + [("Content-Type", JSON)], dump(body), Cancel())
             if reply.status >= 300:
-                raise refusal(reply, target)
+                raise refusal(reply)
             decoder = context.dialect.Decoder(call)
             events = decoder.feed(reply.read()) + decoder.close()
             reply.close()

@@ -2433,7 +2433,6 @@ HEALING = [
      {"response_format": {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}}, []),
     ("X08 LiteLLM's list", {"error": {"message": "litellm.UnsupportedParamsError: openai does not support parameters: ['reasoning_effort'], for model=gpt-4o"}}, 400, {}, ["reasoning_effort"]),
     ("X09 xAI", {"code": "Client specified an invalid argument", "error": "Model grok-x does not support parameter presence_penalty."}, 400, {}, ["presence_penalty"]),
-    ("X10 llama.cpp", {"error": {"message": "Field 'top_k': Value must be between 0 and 1"}}, 400, {}, ["top_k"]),
     ("X11 pydantic", {"detail": [{"loc": ["body", "chat_template_kwargs"], "msg": "extra"}]}, 422, {}, ["chat_template_kwargs"]),
 ]
 
@@ -2449,6 +2448,15 @@ def test_a_refused_field_is_healed_and_the_second_request_is_right_at_once(start
         sent = target.calls("/v1/chat/completions")
         assert len(sent) == count and subset(has, sent[-1].json, {})
         assert not set(lacks) & set(sent[-1].json) and sent[-1].json["messages"] == CHAT["messages"]
+
+
+def test_x10_a_refused_value_is_no_lesson_for_others(start, target):
+    target.answers["/v1/chat/completions"] = [http_answer({"error": {"message": "Field 'top_k': Value must be between 0 <= value <= 9, but got 99"}}, 400), http_stream(HELLO)]
+    proxy = start()
+    proxy.lines("/api/chat", {**CHAT, "options": {"top_k": 99}})
+    assert "top_k" not in target.calls("/v1/chat/completions")[1].json
+    proxy.lines("/api/chat", {**CHAT, "options": {"top_k": 5}})
+    assert target.calls("/v1/chat/completions")[2].json["top_k"] == 5
 
 
 def test_a_refusal_that_nothing_helps_reports_the_first_error(start, target):
