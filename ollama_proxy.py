@@ -136,6 +136,7 @@ POOL_IDLE = 50.0                 # seconds; common servers close after 60 or mor
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
 DOWN_MEMORY = 3.0                # seconds a dead target is not asked for its list again
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
+ASK_TIMEOUT = 3.0                # seconds for what tells an Ollama from an OpenAI server
 ABSENT_MEMORY = 600.0            # seconds metadata that is not there is not looked for again
 HUNG_MEMORY = 60.0               # seconds a target whose list hung is not asked for it again
 PROBE_TIMEOUT = 3.0              # seconds for metadata that is nice to have
@@ -5482,10 +5483,10 @@ class Context:
         a server that has a version and lists ids without one emulates a part of Ollama (KoboldCpp, LocalAI, a
         proxy of our own kind), and is taken for the OpenAI server that it is."""
         try:
-            status, _, payload = self.fetch(True, "/api/version", 5.0)
+            status, _, payload = self.fetch(True, "/api/version", ASK_TIMEOUT)
             if status != 200 or not isinstance(as_dict(payload).get("version"), str):
                 return False
-            status, _, payload = self.fetch(False, "/models", 5.0)
+            status, _, payload = self.fetch(False, "/models", ASK_TIMEOUT)
         except (UpstreamUnreachable, UpstreamTimeout):
             raise
         except UpstreamError:

@@ -3927,6 +3927,272 @@ def test_the_official_openai_client_with_two_parallel_calls_and_a_picture(start,
 
 
 # ----------------------------------------------------------------------------
+# Regressions: each was found by an attack or a review
+# ----------------------------------------------------------------------------
+
+
+def test_trace_is_not_relayed(start, target):
+    proxy = start("--target-api", "openai", "--api-key", "sk-target-key")
+    for method in ("TRACE", "PROPFIND"):
+        assert proxy.raw(http_request(method, "/v1/x", b"", "Connection: close")).startswith(b"HTTP/1.1 405")
+    assert not target.received
+
+
+def test_the_inbound_key_is_never_forwarded(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai", "--client-key", "inbound-SECRET-9", "--forward-auth", "--api-key", "sk-target-key")
+    for path in ("/api/chat", "/v1/chat/completions"):
+        assert proxy.post(path, {**CHAT, "stream": True}, {"Authorization": "Bearer inbound-SECRET-9"}).status == 200
+        assert target.received[-1].headers["authorization"] == "Bearer sk-target-key"
+
+
+def test_our_key_is_hidden_in_late_errors_and_in_urls(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(sse(delta("a"), {"error": {"message": "bad key sk-target-key"}}))
+    proxy = start("--target-api", "openai", "--api-key", "sk-target-key")
+    assert proxy.lines("/api/chat", CHAT)[-1] == {"error": "bad key ***"}
+    target.answers["/v1/chat/completions"] = b"HTTP/1.1 302 X\r\nLocation: http://evil.example/?key=AIzaSECRET\r\nContent-Length: 0\r\n\r\n"
+    keyed = start("--target", f"{target.url}/v1?key=AIzaSECRET", "--debug", "--target-api", "openai")
+    answer = keyed.post("/api/chat", CHAT)
+    assert answer.status == 502 and b"AIza" not in answer.data and "AIza" not in "\n".join(keyed.logged + keyed.errors) + answer.reason
+
+
+def test_extras_of_one_conversation_stay_out_of_another(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(sse(call_delta({"index": 0, "id": "call_0", "extra_content": {"s": "ALICE"}, **part("f", '{"a":1}')}), TOOLS_END))
+    proxy = start("--target-api", "openai")
+    proxy.lines("/api/chat", CHAT)
+    for arguments, wanted in (({"b": 2}, None), ({"a": 1}, {"s": "ALICE"})):
+        proxy.lines("/api/chat", {"model": "m", "messages": [calling(("f", arguments, "call_0")), result("r", tool_call_id="call_0")]})
+        assert target.received[-1].json["messages"][0]["tool_calls"][0].get("extra_content") == wanted
+
+
+def test_a_filter_has_no_back_doors(start, target):
+    Path("models-filter.txt").write_text("m\n")
+    target.answers.update({"/v1/audio/transcriptions": http_answer({"text": "x"}), "/v1/responses": http_answer({}), "/v1/chat/completions": http_answer(WHOLE)})
+    proxy = start("--target-api", "openai")
+    hidden = {**CHAT, "model": "qwen3:8b"}
+    assert proxy.post("/v1/chat/completions", hidden, {"Content-Type": "application/json; x=multipart"}).status == 404
+    for name, status in (("qwen3:8b", 404), ("m", 200)):
+        form = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--\r\n'.encode()
+        assert proxy.post("/v1/audio/transcriptions", form, {"Content-Type": "multipart/form-data; boundary=b"}).status == status
+    assert proxy.call("PUT", "/v1/responses", hidden).status == 404 and proxy.post("/v1/responses", {"model": ["qwen3:8b"]}).status == 400
+    assert [model["id"] for model in json.loads(proxy.call("GET", "/v1/%6dodels").data)["data"]] == ["m"]
+    proxy.post("/v1/chat/completions", b'{"model":"m","MODEL":"qwen3:8b","Model":"qwen3:8b","messages":[]}')
+    proxy.post("/v1/chat/completions", b'{"model":"qwen3:8b","model":"m","messages":[]}')
+    assert not any(b"qwen" in request.data for request in target.received)
+
+
+def test_a_filter_guards_an_ollama_as_well(start, ollama_target):
+    Path("models-filter.txt").write_text("llama3\n")
+    for path in ("/api/copy", "/api/pull", "/api/create", "/api/push", "/api/delete"):
+        ollama_target.answers[path] = http_answer({})
+    proxy = start()
+    for method, path, body in (("POST", "/api/copy", {"source": "qwen3:8b", "destination": "x"}), ("POST", "/api/pull", {"name": "qwen3:8b"}),
+                               ("POST", "/api/create", {"model": "llama3", "from": "qwen3:8b"}), ("DELETE", "/api/delete", {"model": "qwen3:8b"}),
+                               ("POST", "/api/%63hat", {**ASK, "model": "qwen3:8b"})):
+        assert proxy.call(method, path, body).status == 404, path
+    assert proxy.call("DELETE", "/api/delete", {"model": "llama3"}).status == 200
+
+
+@cases("pattern, argv, wanted", [
+    ("openai/gpt-4o:latest", ["--strip-vendor"], ["gpt-4o:latest"]), ("gpt-4o:latest", ["--keep-vendor"], ["openai/gpt-4o:latest"]),
+    ("gpt-4o:proxy", [], ["openai/gpt-4o:latest"]), ("!gpt-4o:latest", ["--keep-vendor"], ["openai/other:latest"]), ("GPT-4*", [], ["openai/gpt-4o:latest"])])
+def test_a_filter_line_may_have_any_form(start, target, pattern, argv, wanted):
+    Path("models-filter.txt").write_text(pattern)
+    target.answers["/v1/models"] = http_answer({"data": [{"id": "openai/gpt-4o"}, {"id": "openai/other"}]})
+    assert names_of(start("--target-api", "openai", *argv)) == wanted
+
+
+def test_nothing_is_left_behind_by_short_streams_and_short_visits(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai")
+
+    def visits():
+        for _ in range(30):
+            with proxy.dial() as sock:
+                for _ in range(3):
+                    sock.sendall(http_request("POST", "/api/chat", CHAT))
+                    read_until(sock, b"0\r\n\r\n")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=visits) for _ in range(8)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(before)
+    with proxy.server._count:
+        pass
+    for _ in range(400):
+        if proxy.server._connections == 0 and not proxy.server._idle and proxy.server._calls == 0:
+            break
+        threading.Event().wait(0.01)
+    assert (proxy.server._connections, len(proxy.server._idle), proxy.server._calls) == (0, 0, 0)
+
+
+@cases("answer", [b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nxx",
+                  b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+                  b"HTTP/1.1 302 X\r\nLocation: http://[bad/\r\nContent-Length: 0\r\n\r\n"])
+def test_an_answer_that_breaks_at_once_is_502_on_the_relay(start, target, answer, capfd):
+    target.answers["/v1/x"] = cut(answer)
+    proxy = start("--target-api", "openai")
+    assert proxy.call("GET", "/v1/x").status == 502
+    proxy.wait_logged('"GET /v1/x HTTP/1.1" 502')
+    assert proxy.server._calls == 0 and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_reset_in_the_head_is_no_news(start, target, capfd):
+    proxy = start("--target-api", "openai")
+    for _ in range(20):
+        sock = proxy.dial()
+        sock.sendall(b"POST ")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    assert proxy.call("GET", "/api/version").status == 200 and "Traceback" not in capfd.readouterr().err
+
+
+@cases("path", ["/v1/models", "/api/version"])
+def test_a_list_that_hangs_keeps_no_chat_waiting_for_long(start, target, path, monkeypatch):
+    monkeypatch.setattr(proxy_module, "LIST_TIMEOUT", 0.2)
+    monkeypatch.setattr(proxy_module, "ASK_TIMEOUT", 0.2)
+    target.answers[path] = lambda talk: talk.target.go.wait(PATIENCE)
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start()
+    for _ in range(3):
+        assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+    assert len(target.calls(path)) == 1
+
+
+def test_small_requests_have_no_large_costs(start, ollama_target):
+    proxy = start()
+    schema = {"$defs": {f"a{level}": {"type": "object", "properties": {f"p{at}": {"$ref": f"#/$defs/a{level + 1}"} for at in range(10)}} for level in range(9)},
+              "$ref": "#/$defs/a0"}
+    answer = proxy.post("/v1/chat/completions", {**ASK, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]})
+    assert answer.status == 400 and b"refers to itself" in answer.data
+    assert proxy_module.keep_alive_seconds("1" * 100000 + "x") is None and proxy_module.keep_alive_seconds(10 ** 400) is None
+    assert proxy_module.keep_alive_seconds(float("inf")) is None
+    with pytest.raises(BadRequest):
+        proxy_module.render_template("{{if .Prompt}}" * 1000, {"Prompt": "x"})
+    bomb = gzip.compress(b'{"x":"' + b"a" * 20_000_000 + b'"}')
+    assert proxy.post("/api/chat", bomb, {"Content-Encoding": "gzip"}).status == 413
+    with pytest.raises(BadRequest):
+        proxy_module.load_request(b'{"a":[' + b"0," * 2_100_000 + b"0]}")
+
+
+def test_a_compressed_answer_that_explodes_is_an_error(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(gzip.compress(b" " * 50_000_000), 200, "application/json", "Content-Encoding: gzip")
+    proxy = start("--target-api", "openai")
+    for path in ("/api/chat", "/v1/chat/completions"):
+        answer = proxy.post(path, CHAT)
+        assert answer.status == 502 and b"expands" in answer.data
+
+
+def test_a_huge_error_keeps_its_status(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(b"slow down " * 60000, 429, "text/plain")
+    answer = start("--target-api", "openai").post("/api/chat", CHAT)
+    assert answer.status == 429 and json.loads(answer.data)["error"].startswith("slow down")
+
+
+@cases("path", ["/v1/../x", "/v1/%2e%2e/x", "/v1/%252e%252e/x", "/v1/..;/x", "/v1/..%5cx", "/v1/..%00/x", "/v1/a/./b"])
+def test_dot_segments_are_refused_however_they_are_written(proxy, target, path):
+    assert proxy.raw(http_request("GET", path, b"", "Connection: close")).startswith(b"HTTP/1.1 400")
+    assert not target.received
+
+
+def test_a_closing_tag_in_an_answer_teaches_nothing_wrong(start, target):
+    target.answers["/v1/chat/completions"] = [http_stream(sse(delta("The tag "), delta("</think> closes"), STOP)), http_stream(HELLO)]
+    proxy = start("--target-api", "openai")
+    for wanted in ("The tag </think> closes", "Hello"):
+        values = proxy.lines("/api/chat", CHAT)
+        assert "".join(value["message"]["content"] for value in values) == wanted and not any("thinking" in value["message"] for value in values)
+    target.answers["/v1/chat/completions"] = [http_answer({"choices": [{"message": {"content": "hm</think>ok"}, "finish_reason": "stop"}]}), http_stream(HELLO), http_stream(HELLO)]
+    proxy.post("/api/chat", {**CHAT, "stream": False})
+    proxy.lines("/api/chat", CHAT)              # learned, and found to be wrong this time
+    assert "".join(value["message"]["content"] for value in proxy.lines("/api/chat", CHAT)) == "Hello"
+
+
+@cases("answer", [http_stream(sse({"error": {"message": "bad key", "code": 401}})), http_answer({"error": {"message": "bad key", "code": 401}}),
+                  http_answer({"error": {"message": "bad key"}}, 403)])
+def test_trouble_with_our_key_is_never_a_401_wherever_it_is_told(start, target, answer):
+    target.answers["/v1/chat/completions"] = target.answers["/v1/embeddings"] = answer
+    for proxy in (start("--target-api", "openai"), start("--target-api", "openai", "--forward-auth")):
+        for path, body in (("/api/chat", CHAT), ("/api/chat", {**CHAT, "stream": False}), ("/api/embed", {"model": "m", "input": "x"})):
+            assert proxy.post(path, body, {"Authorization": "Bearer ollama"}).status == 502
+
+
+def test_the_access_line_counts_bytes_of_body(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai")
+    for path in ("/api/chat", "/v1/chat/completions", "/api/generate"):
+        body = proxy.post(path, {**CHAT, "prompt": "x", "stream": True}).data
+        assert proxy.wait_logged(path).split()[-2] == str(len(body)), path
+
+
+def test_calls_of_one_turn_get_ids_of_their_own(start, target):
+    same = [{"index": at, "id": "call_1", **part("f", "{}")} for at in (0, 1)]
+    out = run_pipe([sse(call_delta(*same), TOOLS_END)])
+    ids = [call["id"] for line in out.splitlines() for call in json.loads(line)["message"].get("tool_calls", ())]
+    assert len(ids) == len(set(ids)) == 2
+
+
+def test_set_fits_every_name_of_a_model(start, target):
+    target.answers["/v1/models"] = http_answer({"data": [{"id": "openai/gpt-4o"}]})
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai", "--strip-vendor", "--alias", "fast=openai/gpt-4o", "--set", "gpt-4o*:temperature=0.1", "--set", "fast:seed=7")
+    proxy.lines("/api/chat", {**CHAT, "model": "gpt-4o:latest"})
+    assert target.received[-1].json["temperature"] == 0.1 and "seed" not in target.received[-1].json
+    proxy.lines("/api/chat", {**CHAT, "model": "fast"})
+    assert target.received[-1].json["seed"] == 7
+
+
+def test_histories_with_odd_parts_are_accepted():
+    messages = rendered(messages=[{"Role": "user", "Content": [{"text": "a"}]}, calling(("", {}, "x")), result("r", tool_call_id="x"),
+                                  {"role": "assistant", "content": "b", "images": ["iVBORw0KGgo="]}])["messages"]
+    assert messages[0] == {"role": "user", "content": "a"} and messages[-1]["content"][0]["type"] == "image_url"
+    valid_history(messages)
+
+
+@cases("data, wanted", [
+    (b'data: ping\ndata: {"choices":[{"delta":{"content":"ok"}}]}\n\n' + sse(STOP), lines("ok")),
+    (sse(delta("ok"), STOP, done=False) + b"foo: bar\n", lines("ok")),
+    (b'{"choices":[{"message":{"content":"ok"}}]}', lines("ok")),
+    (sse(delta([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), STOP), lines("Hello"))])
+def test_more_odd_streams(data, wanted):
+    for pieces in splits(data):
+        same_lines(normalised(run_pipe(pieces)), wanted)
+
+
+def test_a_chat_asks_a_target_that_was_down_again_at_once(start, target):
+    target.close()
+    proxy = start("--target", target.url, "--target-api", "openai")
+    assert proxy.post("/api/chat", CHAT).status == 502
+    again = ScriptedTarget()
+    again.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy.context.target = proxy.context.target._replace(port=again.port)
+    for _ in range(100):
+        if proxy.post("/api/chat", CHAT).status == 200:
+            break
+        threading.Event().wait(0.02)
+    else:
+        raise AssertionError("the target is up, and the proxy does not see it")
+    again.close()
+
+
+def test_two_words_of_the_command_line_that_had_no_test(start, target):
+    assert start("--fallback").context.fallback.port == 11505
+    proxy = start("--default-context", "5000", "--ollama-version", "9.9.9", "--target-api", "openai")
+    assert json.loads(proxy.call("GET", "/api/version").data) == {"version": "9.9.9"}
+    assert 5000 in json.loads(proxy.post("/api/show", {"model": "m"}).data)["model_info"].values()
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy.lines("/api/chat", {**CHAT, "temperature": 0.5, "max_output_tokens": 7, "options": {"format": "json", "keep_alive": "5m"}})
+    sent = target.received[-1].json
+    assert sent["temperature"] == 0.5 and sent["max_tokens"] == 7 and sent["response_format"] == {"type": "json_object"}
+    wire = render_openai_chat(chat_call(keep_alive="5m"), proxy_module.PRESETS["lmstudio"].habits)
+    assert wire.body["ttl"] == 300
+    assert render_openai_chat(chat_call(), proxy_module.PRESETS["mlx"].habits, 1000).body["max_tokens"] > 900
+    assert OPENAI.render_embed(EmbedCall("m", ("x",), 5), proxy_module.PRESETS["mistral"].habits).body["output_dimension"] == 5
+
+
+# ----------------------------------------------------------------------------
 # --bench: processor time of the proxy per unit of work, with nothing but Python
 # ----------------------------------------------------------------------------
 
