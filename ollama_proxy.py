@@ -138,6 +138,9 @@ DOWN_MEMORY = 3.0                # seconds a dead target is not asked for its li
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
 ASK_TIMEOUT = 3.0                # seconds for what tells an Ollama from an OpenAI server
 ABSENT_MEMORY = 600.0            # seconds metadata that is not there is not looked for again
+DISCOVERY_PATIENCE = 0.7         # seconds tags, show and ps wait before they answer from memory
+FIRST_PATIENCE = 4.0             # the same when there is no memory yet; Home Assistant gives up after 5
+DETAILS_PATIENCE = 1.5           # seconds more for metadata, the first time
 HUNG_MEMORY = 60.0               # seconds a target whose list hung is not asked for it again
 PROBE_TIMEOUT = 3.0              # seconds for metadata that is nice to have
 KEEPSAKES = 2048                 # tool calls whose provider extras are remembered
@@ -2295,7 +2298,10 @@ def read_vector(value: Any) -> list:
     if isinstance(value, str):
         try:
             data = base64.b64decode(value, validate=True)
-            return list(struct.unpack(f"<{len(data) // 4}f", data))
+            vector = list(struct.unpack(f"<{len(data) // 4}f", data))
+            if not all(number - number == 0 for number in vector):
+                raise ValueError("not finite")
+            return vector
         except (ValueError, struct.error):
             raise BadUpstreamPayload("upstream sent an unreadable base64 embedding") from None
     vector = as_list(value)
@@ -2908,6 +2914,107 @@ class ReasoningFilter:
                 kept.append(TextDelta("\n</think>\n\n"))
             kept.append(event)
         return kept
+
+
+class Fence:
+    """Takes a code fence off an answer that was asked to be JSON, wherever its pieces are cut."""
+
+    ended = False
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._state = "start"
+
+    def feed(self, text: str) -> str:
+        """Returns the text that certainly is no fence."""
+        self._held += text
+        if self._state == "start":
+            begun = self._held.lstrip()
+            match = re.match(r"```(?:json|JSON)?[ \t]*\r?\n", begun)
+            if match:
+                self._state, self._held = "fenced", begun[match.end():]
+            elif not re.fullmatch(r"`{0,2}|```\w{0,8}[ \t]*\r?", begun):
+                self._state = "plain"
+        if self._state == "plain":
+            text, self._held = self._held, ""
+            return text
+        if self._state == "start":
+            return ""
+        end = len(self._held.rstrip("`\r\n\t "))       # what may be the closing fence waits
+        text, self._held = self._held[:end], self._held[end:]
+        return text
+
+    def close(self) -> str:
+        """Returns what turned out to be none."""
+        held, self._held = self._held, ""
+        return "" if self._state == "fenced" and held.strip() in ("```", "") else held
+
+
+class StopStrings:
+    """Ends an answer at stop strings that the target was not told, because it takes four at most."""
+
+    def __init__(self, stops: list) -> None:
+        self._stops = stops
+        self._held = ""
+        self.ended = False
+
+    def feed(self, text: str) -> str:
+        """Returns the text before a stop string; half of one waits."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            text, self._held, self.ended = self._held[:min(found)], "", True
+            return text
+        keep = max((size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
+                   default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def close(self) -> str:
+        """Returns what was no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextFilter:
+    """Sends the text of a reply through one of the two above."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._over = False
+
+    def __call__(self, events: list) -> list:
+        kept: list = []
+        for event in events:
+            if self._over:
+                break
+            if isinstance(event, TextDelta):
+                text = self._inner.feed(event.text)
+                if text:
+                    kept.append(event._replace(text=text))
+                if self._inner.ended:
+                    kept.append(Finish("stop", Usage()))
+                    self._over = True
+                continue
+            if isinstance(event, (ToolCalls, Finish)):
+                text = self._inner.close()
+                if text:
+                    kept.append(TextDelta(text))
+            kept.append(event)
+        return kept
+
+
+def in_turn(steps: list) -> Optional[Callable]:
+    """Several event filters as one; None for none."""
+    if len(steps) < 2:
+        return steps[0] if steps else None
+
+    def run(events: list) -> list:
+        for step in steps:
+            events = step(events)
+        return events
+    return run
 
 
 class Shortcut:
@@ -4824,14 +4931,14 @@ class Catalogue:
         self._probed = False
         self._details: dict = {}                # id -> ModelInfo that probes told
         self._thinkers: set = set()             # ids whose answers were seen to think
-        self._busy: Optional[threading.Event] = None
+        self._busy: Optional[tuple] = None      # (list is there, metadata is there) of a refresh under way
         self.generation = 0
 
     # -- asking
 
     def models(self, details: bool = True) -> list[ModelInfo]:
         """Everything that may be shown.  Raises UpstreamError when nothing was ever known."""
-        self._update(1.5, details)
+        self._update(FIRST_PATIENCE if self._models is None else DISCOVERY_PATIENCE, details)
         if self._models is None:
             raise self._error or UpstreamUnreachable("the target's model list is not known yet")
         return self._listed
@@ -4843,13 +4950,13 @@ class Catalogue:
         trusted to know its models: the name passes as it is.
         """
         if self._models is None or not self._is_fresh():
-            self._update(0.0 if self._models else None, False)
+            self._update(0.0 if self._models else LIST_TIMEOUT + 1, False)
         for attempt in range(2):
             found = self._find(name)
             if found is not None:
                 return found
             if attempt == 0 and time.monotonic() - max(self._fetched, self._failed) > (1.0 if self._models else 0.2):
-                self._update(None, False, force=True)
+                self._update(LIST_TIMEOUT + 1, False, force=True)
         if not self._models and not self._patterns:
             if isinstance(self._error, UpstreamUnreachable):
                 raise self._error
@@ -4995,24 +5102,26 @@ class Catalogue:
     def _is_fresh(self) -> bool:
         return time.monotonic() - self._fetched < CATALOGUE_FRESH
 
-    def _update(self, patience: Optional[float], details: bool, force: bool = False) -> None:
-        """Starts a refresh when one is due, and waits `patience` seconds for it (None: to its end)."""
+    def _update(self, patience: float, details: bool, force: bool = False) -> None:
+        """Starts a refresh when one is due; waits `patience` seconds for the list, and a moment more for
+        metadata that was never there."""
         now = time.monotonic()
-        known = self._models is not None
-        due = force or not known or not self._is_fresh() or (details and not self._probed)
+        known, wanting = self._models is not None, details and not self._probed
         hung = isinstance(self._error, UpstreamTimeout)
         memory = HUNG_MEMORY if hung else DOWN_MEMORY if known else 0.2
-        if not due or (now - self._failed < memory and (hung or not force)):
+        if not (force or wanting or not known or not self._is_fresh()) \
+                or (now - self._failed < memory and (hung or not force)):
             return
         with self._lock:
             busy = self._busy
             if busy is None:
-                busy = self._busy = threading.Event()
-                threading.Thread(target=self._refresh, args=(busy, details), name="catalogue", daemon=True).start()
-        first = not known or (details and not self._probed)
-        busy.wait(self._config.connect_timeout + 5 if patience is None or first else patience)
+                busy = self._busy = (threading.Event(), threading.Event())
+                threading.Thread(target=self._refresh, args=(*busy, details), name="catalogue", daemon=True).start()
+        busy[0].wait(patience)
+        if wanting and patience:
+            busy[1].wait(DETAILS_PATIENCE)
 
-    def _refresh(self, done: threading.Event, details: bool) -> None:
+    def _refresh(self, listed: threading.Event, done: threading.Event, details: bool) -> None:
         try:
             native = self._api() == "ollama"
             status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
@@ -5024,6 +5133,7 @@ class Catalogue:
             with self._lock:
                 self._index(models)
             self._fetched, self._error = time.monotonic(), None
+            listed.set()
             if not native and (details or self._probed):
                 self._probe(models, headers)
         except ProxyError as error:
@@ -5037,6 +5147,7 @@ class Catalogue:
         finally:
             with self._lock:
                 self._busy = None
+            listed.set()
             done.set()
 
     def _probe(self, models: list, headers: dict) -> None:
@@ -5727,7 +5838,7 @@ def converse(request: Request, scope: Scope) -> Response:
     opened = info.id in context.openers or bool(setting_for(context.config, info.id, "open_think"))
     decoder = context.dialect.Decoder(wired, opened=opened)
     keep = Witness(context, info.id, decoder)
-    shape = reasoning_filter(context.config, call)
+    shape = event_filter(context.config, call)
     if not call.stream:
         return whole_answer(reply, decoder, encoder, keep, shape, scope, wired)
     pipe = Pipe(keep, encoder, shape, request.version == 1,
@@ -5780,10 +5891,21 @@ def reasoning_fields(config: Config) -> tuple:
     return ("reasoning_content", "reasoning") if config.reasoning_field == "both" else (config.reasoning_field,)
 
 
-def reasoning_filter(config: Config, call: ChatCall) -> Optional[ReasoningFilter]:
-    """None when thinking goes its own way; `think: false` hides all of it (upstreams rule 60)."""
+def event_filter(config: Config, call: ChatCall) -> Optional[Callable]:
+    """What happens to events between the dialects; nothing, as a rule.
+
+    `think: false` hides all thinking (upstreams rule 60), JSON is bare (clients rule 20), and stop strings
+    beyond the fourth are watched for here (upstreams rule 9).
+    """
+    steps: list = []
     mode = "drop" if call.think is False else config.reasoning
-    return None if mode == "separate" else ReasoningFilter(mode)
+    if call.format is not None:
+        steps.append(TextFilter(Fence()))
+    if len(call.options.get("stop", ())) > 4:
+        steps.append(TextFilter(StopStrings(call.options["stop"])))
+    if mode != "separate":
+        steps.append(ReasoningFilter(mode))
+    return in_turn(steps)
 
 
 def setting_for(config: Config, model: str, key: str) -> Any:
@@ -6558,7 +6680,8 @@ def preflight_headers(request: Request) -> list:
     extra = [name for name in asked[:64] if _TOKEN.fullmatch(name) and name.lower() not in known]
     headers = [("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"),
                ("Access-Control-Allow-Headers", ",".join([_ALLOW_HEADERS] + extra)),
-               ("Access-Control-Max-Age", "43200")]
+               ("Access-Control-Max-Age", "43200"),
+               ("Vary", "Access-Control-Request-Method"), ("Vary", "Access-Control-Request-Headers")]
     if request.headers.get("access-control-request-private-network") == "true":
         headers.append(("Access-Control-Allow-Private-Network", "true"))
     return headers
@@ -6852,7 +6975,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             allowed = origin_allowed(origin, host, self.context.config.origins)
             if allowed is False:
                 raise BadRequest(f"origin {one_line(origin, 100)} is not allowed (see --origins)", 403)
-            if allowed:
+            if allowed and "*" in self.context.config.origins:
+                self._cors = [("Access-Control-Allow-Origin", "*")]
+            elif allowed:
                 self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
                 if request.method != "OPTIONS":
                     self._cors.append(("Access-Control-Expose-Headers", "*"))
@@ -7006,13 +7131,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _head(self, request: Request, response: Response, length: Optional[int], keep: bool) -> bytes:
         """Status line and headers; the body is `length` bytes, or chunked, or ends with the connection."""
         reason = http.client.responses.get(response.status, "Unknown")
-        lines = []
+        lines = [f"{name}: {value}" for name, value in self._cors]
         for name, value in response.headers:
             if name:
                 lines.append(f"{name}: {value}")
             elif value:
                 reason = value
-        lines += [f"{name}: {value}" for name, value in self._cors]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type}")
         if length is not None:

@@ -1858,7 +1858,7 @@ class RunningProxy:
         self.port = self.server.server_port
         self.url = f"http{'s' if self.config.tls_cert else ''}://127.0.0.1:{self.port}"
         self.context.pump.start()
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def _keep(self, stream, line):
         with self._told:
@@ -4190,6 +4190,39 @@ def test_two_words_of_the_command_line_that_had_no_test(start, target):
     assert wire.body["ttl"] == 300
     assert render_openai_chat(chat_call(), proxy_module.PRESETS["mlx"].habits, 1000).body["max_tokens"] > 900
     assert OPENAI.render_embed(EmbedCall("m", ("x",), 5), proxy_module.PRESETS["mistral"].habits).body["output_dimension"] == 5
+
+
+@cases("pieces, wanted", [
+    (["```json\n", '{"a":', "1}\n", "```"], '{"a":1}'), (["``", "`\n{}", "\n``", "`\n"], "{}"), (['{"a":"```"}'], '{"a":"```"}'),
+    (["{}", "\n"], "{}\n"), (["`x`"], "`x`"), (["```json\n{}\n"], "{}"), (["```python"], "```python")])
+def test_json_comes_without_a_fence(pieces, wanted):
+    for split in (pieces, list("".join(pieces)), ["".join(pieces)]):
+        run = proxy_module.TextFilter(proxy_module.Fence())
+        events = [event for piece in split for event in run([TextDelta(piece)])] + run([Finish("stop", Usage())])
+        assert "".join(event.text for event in events if isinstance(event, TextDelta)) == wanted and isinstance(events[-1], Finish)
+
+
+def test_stop_strings_beyond_the_fourth_are_watched_for(start, target):
+    target.answers["/v1/chat/completions"] = [http_answer({"error": {"message": "stop: at most 4 sequences are allowed"}}, 400),
+                                              http_stream(sse(delta("one S"), delta("IX two"), STOP)), http_answer({"choices": [{"message": {"content": "one SIX"}}]})]
+    proxy = start("--target-api", "openai")
+    body = {**CHAT, "options": {"stop": ["A", "B", "C", "D", "SIX"]}}
+    values = proxy.lines("/api/chat", body)
+    assert "".join(value["message"]["content"] for value in values) == "one " and values[-1]["done_reason"] == "stop"
+    assert target.received[-1].json["stop"] == ["A", "B", "C", "D"]
+    assert json.loads(proxy.post("/api/chat", {**body, "stream": False}).data)["message"]["content"] == "one "
+
+
+def test_only_the_metadata_hangs(start, target, monkeypatch):
+    monkeypatch.setattr(proxy_module, "DETAILS_PATIENCE", 0.1)
+    for path in ("/props", "/api/v1/models", "/api/v0/models", "/model/info"):
+        target.answers[path] = lambda talk: talk.target.go.wait(PATIENCE)
+    assert names_of(start("--target-api", "openai")) == ["m:latest", "vendor/big:free", "qwen3:8b", "text-embed:latest"]
+
+
+def test_any_origin(start, target):
+    answer = start("--origins", "*").call("GET", "/api/version", None, {"Origin": "https://any.where"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "*" and answer.headers["Vary"] is None
 
 
 # ----------------------------------------------------------------------------
