@@ -295,7 +295,6 @@ class Usage(NamedTuple):
     completion_tokens: Optional[int] = None
     prompt_ns: Optional[int] = None
     completion_ns: Optional[int] = None
-    total_ns: Optional[int] = None
     load_ns: Optional[int] = None
 
 
@@ -1707,12 +1706,10 @@ def decode_ollama_answer(answer: dict, events: list) -> None:
                      parse_arguments(as_dict(as_dict(call).get("function")).get("arguments")) or {})
             for call in calls)))
     if answer.get("done"):
-        def duration(key: str) -> Optional[int]:
-            return as_count(answer.get(key))
         events.append(Finish(as_text(answer.get("done_reason")) or "stop", Usage(
             as_count(answer.get("prompt_eval_count")), as_count(answer.get("eval_count")),
-            duration("prompt_eval_duration"), duration("eval_duration"),
-            duration("total_duration"), duration("load_duration"))))
+            as_count(answer.get("prompt_eval_duration")), as_count(answer.get("eval_duration")),
+            as_count(answer.get("load_duration")))))
 
 
 def decode_ollama_body(answer: Any, call: ChatCall, **_: Any) -> list:
@@ -3037,7 +3034,7 @@ class Shortcut:
         self._pattern: Any = None       # for envelopes with a timestamp in them
         self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
-        self.overhead = 0               # bytes of chunk framing, but for the odd longer size
+        self.overhead = 0               # bytes of chunk framing among those handed out
         self._rest: list = []           # of a line whose end has not arrived: nobody could use it yet
         self._size = 0
 
@@ -3147,8 +3144,9 @@ class Shortcut:
         fixed, after = len(before) + len(after), after + b"\r\n"
         leads = {size: b"%x\r\n%b" % (fixed + size, before) for size in set(map(len, texts))}
         lines = [leads[len(text)] + text + after for text in texts if text]
-        self.overhead += (len(leads[min(leads)]) - len(before) + 2) * len(lines)
-        return b"".join(lines)
+        out = b"".join(lines)
+        self.overhead += len(out) - fixed * len(lines) - sum(map(len, texts))
+        return out
 
 
 # What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.

@@ -36,9 +36,9 @@ from types import SimpleNamespace
 
 import ollama_proxy as proxy_module
 from ollama_proxy import (
-    OLLAMA, OPENAI, BadRequest, ChatCall, ChunkedDecoder, Config, Context, DemoServer, EmbedCall, Failure, Finish,
-    Habits, Healer, LineDecoder, Message, OllamaDecoder, OllamaEncoder, OpenAIDecoder, OpenAIEncoder, Pipe, ProxyServer,
-    StreamTruncated, TextDelta, ThinkingDelta, ThinkTags, ToolCall, ToolCalls, UpstreamRefused, Usage, UsageError,
+    OLLAMA, OPENAI, BadRequest, ChatCall, ChunkedDecoder, Config, Context, DemoServer, EmbedCall, Finish,
+    Habits, LineDecoder, Message, OllamaDecoder, OllamaEncoder, OpenAIDecoder, OpenAIEncoder, Pipe, ProxyServer,
+    StreamTruncated, TextDelta, ThinkingDelta, ToolCall, ToolCalls, Usage, UsageError,
     error_text, parse_ollama_chat, parse_openai_chat, read_models, render_ollama_chat, render_openai_chat)
 
 try:
@@ -1415,7 +1415,7 @@ def merged(events):
         elif isinstance(event, ToolCalls):
             out.append(ToolCalls(tuple(call._replace(extra=None) for call in event.calls)))
         elif isinstance(event, Finish):
-            out.append(Finish(event.reason, event.usage._replace(prompt_ns=None, completion_ns=None, total_ns=None, load_ns=None)))
+            out.append(Finish(event.reason, event.usage._replace(prompt_ns=None, completion_ns=None, load_ns=None)))
         else:
             out.append(event)
     return [ToolCalls(tuple(call._replace(extra=None) for call in event.calls)) if isinstance(event, ToolCalls) else event for event in out]
@@ -4125,6 +4125,9 @@ def test_the_access_line_counts_bytes_of_body(start, target):
     for path in ("/api/chat", "/v1/chat/completions", "/api/generate"):
         body = proxy.post(path, {**CHAT, "prompt": "x", "stream": True}).data
         assert proxy.wait_logged(path).split()[-2] == str(len(body)), path
+    target.answers["/v1/chat/completions"] = http_stream(sse(*[delta("x" * (at % 300)) for at in range(500)], STOP))
+    body = proxy.post("/api/chat", {**CHAT, "keep_alive": 1}).data
+    proxy.wait_logged(f" 200 {len(body)} ")
 
 
 def test_calls_of_one_turn_get_ids_of_their_own(start, target):
