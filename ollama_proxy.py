@@ -7433,19 +7433,6 @@ def banner(server: ProxyServer) -> None:
         pass
 
 
-def settle_down(server: ProxyServer, quiet: bool) -> None:
-    """What can wait until the first clients are served: the banner, and giving back the memory that
-    compiling this file took (a third of all we use; glibc keeps it otherwise)."""
-    if not quiet:
-        banner(server)
-    if sys.platform.startswith("linux"):
-        try:
-            import ctypes
-            ctypes.CDLL(None).malloc_trim(0)
-        except (ImportError, OSError, AttributeError):
-            pass                        # musl has no such function, and no such habit
-
-
 def check(config: Config) -> int:
     """--check: asks the target everything we need, one plain line per finding; 0 when chats will work."""
     context = Context(config)
@@ -7501,7 +7488,8 @@ def serve(server: ProxyServer, quiet: bool = False) -> int:
             signal.signal(getattr(signal, name), on_signal)
     server.context.pump.start()
     threading.Thread(target=server.serve_forever, args=(0.25,), name="accept", daemon=True).start()
-    threading.Thread(target=settle_down, args=(server, quiet), name="banner", daemon=True).start()
+    if not quiet:
+        threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
     while not stop.wait(0.5):
         pass
     drained = threading.Event()
