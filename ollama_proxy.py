@@ -5461,7 +5461,16 @@ class Keepsakes:
     @staticmethod
     def _key(call: ToolCall) -> str:
         """Ids like call_0 come again in every conversation; the whole call hardly does."""
-        return digest_of(_encode_json([call.id, call.name, call.arguments]))
+        return digest_of(json.dumps([call.id, call.name, whole_numbers(call.arguments)], sort_keys=True))
+
+
+def whole_numbers(value: Any) -> Any:
+    """JSON as JavaScript would write it again: 1.0 is 1."""
+    if isinstance(value, dict):
+        return {key: whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 # ----------------------------------------------------------------------------
 # Room 13.  Operations: one short function per verb

@@ -3957,10 +3957,10 @@ def test_our_key_is_hidden_in_late_errors_and_in_urls(start, target):
 
 
 def test_extras_of_one_conversation_stay_out_of_another(start, target):
-    target.answers["/v1/chat/completions"] = http_stream(sse(call_delta({"index": 0, "id": "call_0", "extra_content": {"s": "ALICE"}, **part("f", '{"a":1}')}), TOOLS_END))
+    target.answers["/v1/chat/completions"] = http_stream(sse(call_delta({"index": 0, "id": "call_0", "extra_content": {"s": "ALICE"}, **part("f", '{"a":1.0,"b":[]}')}), TOOLS_END))
     proxy = start("--target-api", "openai")
     proxy.lines("/api/chat", CHAT)
-    for arguments, wanted in (({"b": 2}, None), ({"a": 1}, {"s": "ALICE"})):
+    for arguments, wanted in (({"b": 2}, None), ({"b": [], "a": 1}, {"s": "ALICE"})):
         proxy.lines("/api/chat", {"model": "m", "messages": [calling(("f", arguments, "call_0")), result("r", tool_call_id="call_0")]})
         assert target.received[-1].json["messages"][0]["tool_calls"][0].get("extra_content") == wanted
 
