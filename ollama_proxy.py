@@ -367,6 +367,7 @@ class ProxyError(Exception):
     """Base: `status` for the client, `message` in one plain sentence, extra response `headers`."""
 
     status = 500
+    close = False                   # the connection is out of step and must end
 
     def __init__(self, message: str, status: Optional[int] = None, headers: Iterable = (), code: Any = None):
         super().__init__(message)
@@ -1627,18 +1628,23 @@ def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: 
 class OllamaDecoder:
     """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
 
+    begins_inside: Optional[bool] = None        # an Ollama splits reasoning off by itself
     frame_end = b"\n"
     text_keys = (b'"content":', b'"response":')
 
     def __init__(self, call: ChatCall, **_: Any) -> None:
         self._lines = LineDecoder()
-        self._alternatives = call.logprobs
+        self._call = call
         self.done = False
+
+    def decode_body(self, answer: Any) -> list:
+        """A whole answer instead of a stream -> all events."""
+        return decode_ollama_body(answer, self._call)
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content line is just its text (the shortcut of room 7 asks)."""
-        return not self.done and self._alternatives is None and self._lines.idle
+        return not self.done and self._call.logprobs is None and self._lines.idle
 
     @staticmethod
     def text_of(frame: bytes) -> Any:
@@ -2085,7 +2091,7 @@ def tie_results(messages: tuple) -> tuple:
                 settle()
                 turns.append(Message("assistant", tool_calls=(ToolCall(new, name, {}),)))
                 entry = [message.tool_call_id, new, name, None]
-                waiting = [held for held in waiting if len(held) > 4] + [entry]
+                waiting = held_places(waiting) + [entry]
             result = message._replace(tool_call_id=entry[1], tool_name=entry[2])
             if entry[3] is None:
                 entry[3] = len(turns)
@@ -2097,7 +2103,7 @@ def tie_results(messages: tuple) -> tuple:
         settle()
         if message.tool_calls:
             calls = []
-            waiting = [entry for entry in waiting if len(entry) > 4]    # late results may still come
+            waiting = held_places(waiting)
             for at, call in enumerate(message.tool_calls):
                 used = call.id
                 if not used or used in seen:
@@ -2109,6 +2115,11 @@ def tie_results(messages: tuple) -> tuple:
         turns.append(message)
     settle()
     return tuple(turns)
+
+
+def held_places(waiting: list) -> list:
+    """Calls whose results may still come late; only the latest, or a long history costs its square."""
+    return [entry for entry in waiting[-256:] if len(entry) > 4]
 
 
 def _waiting_call(waiting: list, result: Message) -> Optional[list]:
@@ -5238,7 +5249,7 @@ def _drop(body: dict, key: str) -> bool:
 def _schema_instead(body: dict, key: str) -> bool:
     """json_object -> json_schema with a bare object; a schema that is refused, too, becomes a request in words."""
     value = as_dict(body.get(key))
-    if value.get("type") == "json_object" and body.get("messages") is not None and not value.get("retried"):
+    if value.get("type") == "json_object" and body.get("messages") is not None:
         body[key] = {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}
         return True
     return False
@@ -5546,6 +5557,11 @@ class Log:
         if self.debugging:
             self._write(sys.stdout, "[PROXY] " + one_line(self.redact(text), 20000))
 
+    @property
+    def tap(self) -> Optional[Callable]:
+        """What --debug does with every chunk of a stream (mission B9); None without it."""
+        return (lambda label, data: self.debug(f"{label}: {data.decode('utf-8', 'replace')}")) if self.debugging else None
+
     def say(self, text: str) -> None:
         """Something the operator should know."""
         if not self._quiet:
@@ -5847,10 +5863,8 @@ def converse(request: Request, scope: Scope) -> Response:
     keep = Witness(context, info.id, decoder)
     shape = event_filter(context.config, call)
     if not call.stream:
-        return whole_answer(reply, decoder, encoder, keep, shape, scope, wired)
-    pipe = Pipe(keep, encoder, shape, request.version == 1,
-                (lambda label, data: context.log.debug(f"{label}: {data.decode('utf-8', 'replace')}"))
-                if context.log.debugging else None, redact=context.log.redact)
+        return whole_answer(reply, keep, encoder, shape, context.log, request.started)
+    pipe = Pipe(keep, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact)
     return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=peek(reply, pipe, scope))
 
 
@@ -5877,6 +5891,9 @@ class Witness:
     def close(self) -> list:
         return self.note(self._decoder.close())
 
+    def decode_body(self, answer: Any) -> list:
+        return self.note(self._decoder.decode_body(answer))
+
     def note(self, events: list) -> list:
         """Looks at `events` and hands them on."""
         for event in events:
@@ -5887,7 +5904,7 @@ class Witness:
             elif isinstance(event, ToolCalls):
                 self._context.keepsakes.keep(event.calls)
             elif isinstance(event, Finish):
-                inside = getattr(self._decoder, "begins_inside", None)
+                inside = self._decoder.begins_inside
                 if inside is not None:
                     (self._context.openers.add if inside else self._context.openers.discard)(self._model)
         return events
@@ -5947,11 +5964,11 @@ def peek(reply: Reply, pipe: Pipe, scope: Scope) -> bytes:
 
     Returns the client bytes made so far.  Raises what broke.
     """
-    tap = scope.context.log
+    tap = scope.context.log.tap
     while True:
         data = reply.recv()
-        if data and tap.debugging:
-            tap.debug(f"Target chunk: {data.decode('utf-8', 'replace')}")
+        if data and tap is not None:
+            tap("Target chunk", data)
         out = pipe.feed(data) if data else pipe.close()
         if pipe.started:
             if reply.body.done and not pipe.done:
@@ -5961,33 +5978,27 @@ def peek(reply: Reply, pipe: Pipe, scope: Scope) -> bytes:
             raise StreamTruncated("upstream sent an empty response")
 
 
-def whole_answer(reply: Reply, decoder: Any, encoder: Any, witness: Witness, shape: Optional[Callable], scope: Scope,
-                 call: ChatCall) -> Response:
+def whole_answer(reply: Reply, decoder: "Witness", encoder: Any, shape: Optional[Callable], log: Log,
+                 started: int) -> Response:
     """stream:false, whatever the target sent: one document, or a stream all the same."""
-    context = scope.context
+    def took() -> str:
+        return f"(took {(time.monotonic_ns() - started) / 1e6:.0f}ms)"
+
     data = reply.read()
-    took = time.monotonic_ns()
+    if log.debugging:
+        log.debug(f"Target response: {data.decode('utf-8', 'replace')} {took()}")
     try:
         answer = load(data)
     except (ValueError, RecursionError):
         answer = None
     if isinstance(answer, (dict, list)):
-        events = decoder.decode_body(answer) if hasattr(decoder, "decode_body") \
-            else context.dialect.decode_body(answer, call)
+        events = decoder.decode_body(answer)
     else:
         events = decoder.feed(data) + decoder.close()
-    witness.note(events)
-    if context.log.debugging:
-        context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {_ms(took, encoder)})")
-    folded = encoder.fold(shape(events) if shape else events)
-    response = json_response(folded)
-    if context.log.debugging:
-        context.log.debug(f"Ollama response: {response.body.decode()} (took {_ms(time.monotonic_ns(), encoder)})")
+    response = json_response(encoder.fold(shape(events) if shape else events))
+    if log.debugging:
+        log.debug(f"Ollama response: {response.body.decode()} {took()}")
     return response
-
-
-def _ms(now: int, encoder: Any) -> str:
-    return f"{(now - getattr(encoder, '_started', now)) / 1e6:.0f}ms"
 
 
 def resolve_as(context: Context, name: str, wording: str) -> ModelInfo:
@@ -6263,14 +6274,18 @@ def with_model(data: bytes, body: dict, model: str) -> bytes:
 
 
 def unambiguous(data: bytes, body: dict) -> bytes:
-    """A request that names its model once: what another parser could read otherwise is written anew."""
-    others = [key for key in body if key != "model" and key.lower() == "model"]
+    """A request that names its model once: what another parser could read otherwise is written anew.
+
+    Only needed where models are hidden; elsewhere the bytes stay as they are.
+    """
+    others = [key for key in body if key not in _NAMING and key.lower() in _NAMING]
     for key in others:
         del body[key]
     return dump(body) if others or (data.count(b'"model"') > 1 and len(_TOP_MODEL.findall(data)) > 1) else data
 
 
 _TOP_MODEL = re.compile(rb'"model"\s*:')
+_NAMING = ("model", "name", "source", "from")
 
 
 def relay_openai(request: Request, scope: Scope) -> Response:
@@ -6286,7 +6301,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
             context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
     elif data and (request.method == "POST" or context.catalogue.filtered):
         body = load_request(data)
-        data = unambiguous(data, body)
+        if context.catalogue.filtered:
+            data = unambiguous(data, body)
         name = body.get("model")
         if isinstance(name, str) and name:
             info = context.catalogue.resolve(name)
@@ -6321,10 +6337,10 @@ def relay_native(request: Request, scope: Scope) -> Response:
     data, body = request.chunks or request.body, None
     if isinstance(data, bytes) and data and not request.route.face and context.catalogue.filtered:
         named = load_request(data)
-        for key in ("model", "name", "source", "from"):
+        data = unambiguous(data, named)
+        for key in _NAMING:
             if isinstance(named.get(key), str) and context.catalogue.is_hidden(named[key]):
                 raise model_not_found(named[key])
-        data = dump(named)
     if isinstance(data, bytes) and data and request.route.face:
         body = load_request(data)
         data, injected = native_body(context, request, body)
@@ -6342,7 +6358,7 @@ def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, 
     """A native request with names resolved and defaults filled in -> (body, whether think was injected);
     untouched bytes when there is nothing to do.  Changes `body`, too."""
     config = context.config
-    data = unambiguous(request.body, body)
+    data = unambiguous(request.body, body) if context.catalogue.filtered else request.body
     before = dict(body)
     name = require_model(body)
     try:
@@ -6384,11 +6400,6 @@ def filtered_native(request: Request, scope: Scope, path: str) -> Response:
                 shown = context.catalogue.shown_name(alias, "")
                 kept.append({**entry, "name": shown, "model": shown, "digest": digest_of(alias)})
     return json_response({**payload, "models": kept})
-
-
-def other_openai(request: Request, scope: Scope) -> Response:
-    """Every /v1 endpoint without a translation of its own."""
-    return relay_openai(request, scope)
 
 
 def fetch_image(url: str, config: Config) -> Image:
@@ -6492,7 +6503,7 @@ PREFIXES = (
     ("GET", "/v1/models/", Route(show_openai_model, OPENAI)),
     ("POST", "/api/blobs/", Route(unsupported, OLLAMA, "", True)),
     ("HEAD", "/api/blobs/", Route(unsupported)),
-    (None, "/v1/", Route(other_openai, OPENAI)),
+    (None, "/v1/", Route(relay_openai, OPENAI)),
 )
 _METHODS_BY_PATH: dict = {}
 for _method, _path in ROUTES:
@@ -7129,7 +7140,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             response = json_response({"error": "internal error"}, 500)
         if error.status == 403 and isinstance(error, BadRequest) and not isinstance(error, Unauthorized):
             response.body, response.media_type = b"", ""        # as Ollama answers (ollama-api 1.5)
-        if request is not None and getattr(error, "close", False):
+        if request is not None and error.close:
             request.keep = False
         if dialect is OLLAMA:
             response.headers += (("", one_line(text.encode("ascii", "replace").decode("ascii"), 200)),)
@@ -7182,8 +7193,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _stream(self, request: Request, response: Response, scope: Scope, first: bytes, keep: bool) -> Optional[bool]:
         """The rest of a stream belongs to the pump; this thread is free."""
         config, reply = self.context.config, response.reply
-        tap = (lambda label, data: self.context.log.debug(f"{label}: {data.decode('utf-8', 'replace')}")) \
-            if self.context.log.debugging else None
+        tap = self.context.log.tap
         rest = reply.take_rest()
         body = b""
         if rest:                        # a relay has not looked at what came with the head

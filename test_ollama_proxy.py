@@ -3990,9 +3990,12 @@ def test_a_filter_guards_an_ollama_as_well(start, ollama_target):
     proxy = start()
     for method, path, body in (("POST", "/api/copy", {"source": "qwen3:8b", "destination": "x"}), ("POST", "/api/pull", {"name": "qwen3:8b"}),
                                ("POST", "/api/create", {"model": "llama3", "from": "qwen3:8b"}), ("DELETE", "/api/delete", {"model": "qwen3:8b"}),
-                               ("POST", "/api/%63hat", {**ASK, "model": "qwen3:8b"})):
+                               ("POST", "/api/%63hat", {**ASK, "model": "qwen3:8b"}), ("POST", "/api/push", {"name": "qwen3:8b"})):
         assert proxy.call(method, path, body).status == 404, path
     assert proxy.call("DELETE", "/api/delete", {"model": "llama3"}).status == 200
+    proxy.post("/api/copy", b'{"source":"llama3","Source":"qwen3:8b","destination":"x"}')
+    proxy.post("/api/chat", b'{"name":"llama3","Name":"qwen3:8b","messages":[{"role":"user","content":"x"}]}')
+    assert not any(b"qwen" in request.data for request in ollama_target.received)
 
 
 @cases("pattern, argv, wanted", [
@@ -4228,6 +4231,18 @@ def test_only_the_metadata_hangs(start, target, monkeypatch):
 def test_any_origin(start, target):
     answer = start("--origins", "*").call("GET", "/api/version", None, {"Origin": "https://any.where"})
     assert answer.headers["Access-Control-Allow-Origin"] == "*" and answer.headers["Vary"] is None
+
+
+def test_a_long_history_of_strays_is_repaired():
+    turns = [calling(*[("f", {"n": at}, f"c{turn}-{at}") for at in range(500)]) for turn in range(4)]
+    turns += [result("r", tool_call_id=f"stray-{at}", tool_name="g") for at in range(2000)]
+    valid_history(rendered(messages=turns)["messages"])
+
+
+def test_a_nested_model_field_leaves_the_relayed_bytes_alone(proxy, target):
+    body = b'{ "metadata": {"model": "x"}, "temperature": 0.10, "model": "m", "messages": [] }'
+    proxy.post("/v1/chat/completions", body)
+    assert target.calls("/v1/chat/completions")[-1].data == body
 
 
 # ----------------------------------------------------------------------------
