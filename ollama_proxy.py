@@ -33,8 +33,8 @@ Rooms, in reading order; each uses only names from rooms above it:
      6  OpenAI dialect  /v1/*: the mirror room
      7  Translation     a decoder and an encoder joined into one pipe
      8  Configuration   presets, flags and environment become one frozen value
-     9  Upstream        dial, send, read, pool, abort
-    10  Pump            one thread that moves live streams and notices hang-ups
+     9  Loop            one thread that runs every request as a coroutine, and notices hang-ups
+    10  Upstream        dial, send, read, pool
     11  Catalogue       what the target serves, under which names, with what metadata
     12  Healing         what a target refused, and what to send instead
     13  Operations      one short function per verb
@@ -78,6 +78,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.parse
 import zlib
 from typing import Any, Callable, Iterable, NamedTuple, Optional
@@ -3775,7 +3776,438 @@ def read_filter_file(path: str) -> Optional[tuple]:
     return tuple(line for line in lines if line) or None
 
 # ----------------------------------------------------------------------------
-# Room 9.  Upstream: dial, send, read, pool, abort
+# Room 9.  Loop: one thread that runs every request, each a coroutine that awaits its sockets
+#
+# A connection of a client is one Task.  Its code reads like blocking code; where it has to
+# wait it awaits wait(), and the loop goes on with whoever is ready.  The client's hang-up is
+# an exception thrown in at that place, in whatever phase.  What cannot wait in this way (name
+# look-ups, dialling, a model list) is done by `await work(...)` in a thread of the crew.
+# With a thread to each request the interpreter lock would travel between cores at every
+# token; one thread that takes everything that has arrived is faster than two that share it.
+# ----------------------------------------------------------------------------
+
+READ, WRITE, GONE = 0x1, 0x4, 0x2018        # as epoll counts: IN, OUT, and RDHUP, HUP or ERR
+
+
+class Expired(Exception):
+    """Nothing happened for as long as wait() was told to wait."""
+
+
+@types.coroutine
+def wait(sock: Any, mask: int, seconds: float) -> Any:
+    """Until `sock` can be read or written.  Raises Expired, or ClientGone when the task's client leaves.
+
+    Being woken is a hint: the operation may find that it would block still, and is then waited for again.
+    """
+    yield sock, mask, seconds
+
+
+@types.coroutine
+def work(do: Callable, *arguments: Any, discard: Optional[Callable] = None) -> Any:
+    """The result of do(*arguments), done by another thread.
+
+    Raises what it raises.  When the client leaves meanwhile, `discard(result)` gets what nobody wants.
+    """
+    return (yield Work(do, arguments, discard))
+
+
+@types.coroutine
+def pause(seconds: float) -> Any:
+    """Sleeps, as precisely as the loop sweeps.  Raises ClientGone."""
+    try:
+        yield None, 0, seconds
+    except Expired:
+        pass
+
+
+class Work(NamedTuple):
+    """What work() asks of whoever runs the coroutine."""
+
+    do: Callable
+    arguments: tuple
+    discard: Optional[Callable]
+
+
+def unready(error: OSError) -> int:
+    """What a socket that would block is waiting for, READ or WRITE; 0 when the error is a real one."""
+    if isinstance(error, BlockingIOError):
+        return READ | WRITE
+    return {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}.get(type(error).__name__, 0)
+
+
+def holds_bytes(sock: Any) -> bool:
+    """TLS has decrypted more than was read: no descriptor tells."""
+    return type(sock) is not socket.socket and sock.pending() > 0
+
+
+async def receive(sock: Any, seconds: float, size: int = 65536) -> bytes:
+    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError or Expired."""
+    while True:
+        if not holds_bytes(sock):
+            await wait(sock, READ, seconds)
+        try:
+            return sock.recv(size)
+        except OSError as error:
+            if not unready(error):
+                raise
+
+
+async def send_all(sock: Any, data: Any, seconds: float) -> None:
+    """Sends everything, as fast as it is taken.  Raises OSError, or Expired when nothing is for `seconds`."""
+    while True:
+        mask = WRITE
+        try:
+            size = sock.send(data)
+        except OSError as error:
+            mask, size = unready(error) & ~(READ if isinstance(error, BlockingIOError) else 0), 0
+            if not mask:
+                raise
+        if size == len(data):
+            return
+        data = memoryview(data)[size:]
+        await wait(sock, mask, seconds)
+
+
+def drive(coroutine: Any) -> Any:
+    """Runs a coroutine to its end in this thread, blocking where it waits; for threads beside the loop."""
+    step, value = coroutine.send, None
+    while True:
+        try:
+            asked = step(value)
+        except StopIteration as end:
+            return end.value
+        step, value = coroutine.send, None
+        try:
+            if isinstance(asked, Work):
+                value = asked.do(*asked.arguments)
+            elif asked[0] is None:
+                time.sleep(asked[2])
+            elif not is_ready(*asked):
+                raise Expired
+        except Exception as error:      # noqa: BLE001  the coroutine's to handle
+            step, value = coroutine.throw, error
+
+
+def is_ready(sock: Any, mask: int, seconds: float) -> bool:
+    """Waits for one socket, without a loop."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, (selectors.EVENT_READ if mask & READ else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0))
+        return bool(selector.select(max(0.0, seconds)))
+
+
+class EpollPoller:
+    """Linux: knows a hang-up (EPOLLRDHUP) from bytes that wait."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self.masks: dict = {}           # descriptor -> what is reported of it
+
+    def set(self, sock: Any, fd: int, mask: int) -> None:
+        """From now on `mask` is reported of a socket; 0 is nothing, and needed before it is closed."""
+        known = self.masks.get(fd, 0)
+        try:
+            if not mask:
+                if self.masks.pop(fd, 0):
+                    self._epoll.unregister(fd)
+                return
+            self.masks[fd] = mask
+            (self._epoll.modify if known else self._epoll.register)(fd, mask & 0x2005)
+        except (OSError, ValueError):
+            pass                        # closed already: the kernel has forgotten it
+
+    def poll(self, timeout: float) -> list:
+        """[(descriptor, flags)] of what is ready."""
+        return self._epoll.poll(timeout)
+
+    def is_gone(self, sock: Any) -> bool:
+        """Asks again about one socket: a number may be a new client's by the time its event is read."""
+        poller = select.poll()
+        poller.register(sock.fileno(), select.EPOLLRDHUP)
+        return bool(poller.poll(0))
+
+
+class SelectorPoller:
+    """macOS, Windows: a hang-up is a readable socket with nothing to read; a client that has sent its
+    next request already is no longer watched."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.masks: dict = {}
+
+    def set(self, sock: Any, fd: int, mask: int) -> None:
+        """As EpollPoller.set."""
+        events = (selectors.EVENT_READ if mask & (READ | GONE) else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
+        try:
+            if not mask:
+                if self.masks.pop(fd, 0):
+                    self._selector.unregister(fd)
+            elif fd in self.masks:
+                self._selector.modify(fd, events, sock)
+            else:
+                self._selector.register(fd, events, sock)
+        except (OSError, ValueError, KeyError):
+            pass
+        if mask:
+            self.masks[fd] = mask
+
+    def poll(self, timeout: float) -> list:
+        """As EpollPoller.poll."""
+        if not self.masks:
+            time.sleep(timeout)
+        found = []
+        for key, events in self._selector.select(timeout):
+            mask = self.masks.get(key.fd, 0)
+            flags = WRITE if events & selectors.EVENT_WRITE else 0
+            if events & selectors.EVENT_READ and mask & READ:
+                flags |= READ
+            elif events & selectors.EVENT_READ and self.is_gone(key.data):
+                flags |= GONE
+            elif events & selectors.EVENT_READ:
+                self.set(key.data, key.fd, mask & WRITE)
+            if flags:
+                found.append((key.fd, flags))
+        return found
+
+    def is_gone(self, sock: Any) -> bool:
+        """Whether the peer has ended the connection; a look at the raw socket, below TLS."""
+        try:
+            return socket.socket.recv(sock, 1, socket.MSG_PEEK) == b""
+        except OSError as error:
+            return not unready(error)
+
+
+class Task:
+    """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's)."""
+
+    __slots__ = ("_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "_since", "_limit", "_asked")
+
+    def __init__(self, loop: "Loop", coroutine: Any, client: Any) -> None:
+        self._loop, self._coroutine, self._client = loop, coroutine, client
+        self._client_fd = client.fileno() if client is not None else -1
+        self._sock: Any = None
+        self._fd, self._mask, self._since, self._limit = -1, 0, 0.0, 0.0
+        self._asked: Optional[Work] = None
+
+    def ready(self, fd: int, flags: int) -> None:
+        """Something happened to a socket of this task."""
+        if fd == self._fd and flags & self._mask:
+            self.step(self._coroutine.send, None)
+        elif not flags & GONE:
+            # Nobody waits for this now, such as the bytes of a client's next request: do not report it again.
+            self._loop.poller.set(self._client if fd == self._client_fd else self._sock, fd,
+                                  (self._mask if fd == self._fd else 0) | (GONE if fd == self._client_fd else 0))
+        elif fd == self._fd and (fd != self._client_fd or self._mask & READ):
+            self.step(self._coroutine.send, None)           # the next recv or send will tell
+        elif fd != self._client_fd:
+            self._loop.poller.set(None, fd, 0)              # the upstream has ended before we had use for that
+        elif self._loop.poller.is_gone(self._client):
+            self.step(self._coroutine.throw, ClientGone("client closed the connection"))
+
+    def sweep(self) -> None:
+        """Ends a wait that took too long."""
+        if self._asked is None and self._loop.now - self._since > self._limit:
+            self.step(self._coroutine.throw, Expired())
+
+    def step(self, how: Callable, value: Any) -> None:
+        """Runs the coroutine up to the next place where it waits."""
+        loop = self._loop
+        self._asked, self._fd = None, -1
+        while True:
+            try:
+                asked = how(value)
+            except StopIteration:
+                loop.tasks.discard(self)
+                return
+            except Exception as error:      # noqa: BLE001  a bug in one task ends that task alone
+                loop.tasks.discard(self)
+                complain(error)
+                return
+            if type(asked) is tuple:
+                sock, self._mask, self._limit = asked
+                self._since = loop.now
+                if sock is not None:
+                    fd = sock.fileno()
+                    self._sock, self._fd = sock, fd
+                    if loop.entries.get(fd) is not self:
+                        loop.entries[fd] = self
+                    known = loop.poller.masks.get(fd, 0)
+                    if known & self._mask != self._mask:
+                        loop.poller.set(sock, fd, known | self._mask | (GONE if fd == self._client_fd else 0))
+                return
+            self._asked = asked
+            try:
+                loop.crew.run(self._work, asked)
+                return
+            except RuntimeError:
+                self._asked = None
+                how, value = self._coroutine.throw, ProxyError("no more threads", 503)
+
+    def _work(self, asked: Work) -> None:
+        """In a thread of the crew."""
+        how: Callable = self._coroutine.send
+        try:
+            value = asked.do(*asked.arguments)
+        except Exception as error:      # noqa: BLE001  the coroutine's to handle
+            how, value = self._coroutine.throw, error
+        self._loop.post(self._worked, asked, how, value)
+
+    def _worked(self, asked: Work, how: Callable, value: Any) -> None:
+        if self._asked is asked:
+            self.step(how, value)
+        elif asked.discard is not None and not isinstance(value, Exception):
+            asked.discard(value)
+
+
+class Loop:
+    """Runs tasks in the thread that calls run().  Only post() and stop() are for other threads."""
+
+    def __init__(self, poller: Any = None, grain: float = 1.0) -> None:
+        self.poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())
+        self.entries: dict = {}         # descriptor -> Task
+        self.tasks: set = set()
+        self.crew = Crew()
+        self.now = time.monotonic()
+        self.buffer = bytearray(READ_SIZE)
+        self.view = memoryview(self.buffer)
+        self.after: Callable = int      # called after each round of events: what can be done once for all
+        self._grain = grain             # seconds between looks at the clock for all tasks
+        self._posted: collections.deque = collections.deque()
+        self._bell, self._ear = socket.socketpair()
+        for end in (self._bell, self._ear):
+            end.setblocking(False)
+        self._stopped = False
+
+    def spawn(self, coroutine: Any, client: Any = None) -> None:
+        """A new task; it runs until its first wait before this returns."""
+        task = Task(self, coroutine, client)
+        self.tasks.add(task)
+        if client is not None:
+            self.entries[client.fileno()] = task
+            self.poller.set(client, client.fileno(), READ | GONE)
+        task.step(coroutine.send, None)
+
+    def forget(self, sock: Any) -> None:
+        """Must be called before a socket that was waited for is closed: its number is used again at once."""
+        fd = sock.fileno()
+        self.entries.pop(fd, None)
+        self.poller.set(sock, fd, 0)
+
+    def release(self, sock: Any) -> None:
+        """An idle socket that belongs to no task for a while."""
+        self.entries.pop(sock.fileno(), None)
+
+    def post(self, do: Callable, *arguments: Any) -> None:
+        """Calls do(*arguments) in the loop's thread, soon."""
+        self._posted.append((do, arguments))
+        try:
+            self._bell.send(b"!")
+        except OSError:
+            pass                        # the bell rings already
+
+    def stop(self) -> None:
+        """Makes run() return."""
+        self._stopped = True
+        self.post(int)
+
+    def run(self) -> None:
+        """The loop itself."""
+        entries, poller, swept = self.entries, self.poller, 0.0
+        ear = self._ear.fileno()
+        poller.set(self._ear, ear, READ)
+        while not self._stopped:
+            ready = poller.poll(self._grain)
+            self.now = now = time.monotonic()
+            for fd, flags in ready:
+                entry = entries.get(fd)
+                if entry is not None:
+                    entry.ready(fd, flags)
+                elif fd == ear:
+                    self._hear()
+                else:
+                    poller.set(None, fd, 0)     # an idle upstream that was closed: its pool will notice
+            if now - swept >= self._grain:
+                swept = now
+                for task in list(self.tasks):
+                    task.sweep()
+            self.after()
+
+    def _hear(self) -> None:
+        try:
+            self._ear.recv(4096)
+        except OSError:
+            pass
+        while self._posted:
+            do, arguments = self._posted.popleft()
+            try:
+                do(*arguments)
+            except Exception as error:      # noqa: BLE001  the boundary of this thread
+                complain(error)
+
+
+class Crew:
+    """Threads that wait for the next piece of work instead of dying: a new one costs more than the work."""
+
+    _IDLE = 16
+
+    def __init__(self) -> None:
+        self._idle: list = []
+        self._lock = threading.Lock()
+
+    def run(self, do: Callable, *arguments: Any) -> None:
+        """Calls `do(*arguments)` in a thread of its own.  Raises RuntimeError when there can be no more."""
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        if worker is None:
+            bell = threading.Lock()
+            bell.acquire()
+            threading.Thread(target=self._work, args=([do, arguments], bell), daemon=True).start()
+            return
+        worker[0][:] = [do, arguments]
+        worker[1].release()
+
+    def _work(self, box: list, bell: Any) -> None:
+        while True:
+            do, arguments = box
+            box[:] = [None, ()]
+            try:
+                do(*arguments)
+            except Exception as error:      # noqa: BLE001  the boundary of this thread
+                complain(error)
+            do = arguments = None
+            with self._lock:
+                if len(self._idle) >= self._IDLE:
+                    return
+                self._idle.append((box, bell))
+            bell.acquire()
+
+
+def shut(sock: socket.socket) -> None:
+    """Both directions, at once, without an exception; below TLS, which would wait for an answer."""
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+def close_quietly(sock: Any) -> None:
+    """Whatever it was, it is closed now."""
+    try:
+        sock.close()
+    except OSError:
+        pass
+
+
+def complain(error: BaseException) -> None:
+    """A traceback on stderr, for bugs of our own only; a closed stderr is no second bug."""
+    import traceback
+    try:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    except (OSError, ValueError):
+        pass
+
+
+# ----------------------------------------------------------------------------
+# Room 10.  Upstream: dial, send, read, pool
 #
 # http.client dials (proxies, tunnels, TLS).  Answers are read here, straight from the
 # socket: its HTTPResponse hands out one HTTP chunk a call, takes the end of the stream
@@ -3799,87 +4231,6 @@ class Clock:
         if known[0] != second:
             known = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second)).encode())
         return b"%b%06dZ" % (known[1], nanosecond // 1000)
-
-
-class Cancel:
-    """How one call is stopped from another thread: fire() shuts its upstream socket down, which wakes
-    whoever waits on it (closing would not), and ends any wait()."""
-
-    __slots__ = ("aborted", "_lock", "_sock", "_event")
-
-    def __init__(self) -> None:
-        self.aborted = False
-        self._lock = threading.Lock()
-        self._sock: Optional[socket.socket] = None
-        self._event: Optional[threading.Event] = None
-
-    def attach(self, sock: Optional[socket.socket]) -> None:
-        """`sock` is what a fire() must wake from now on; None when it belongs to nobody."""
-        with self._lock:
-            self._sock = sock
-            if self.aborted and sock is not None:
-                shut(sock)
-
-    def fire(self) -> None:
-        """The client is gone."""
-        with self._lock:
-            self.aborted = True
-            if self._sock is not None:
-                shut(self._sock)
-            if self._event is not None:
-                self._event.set()
-
-    def wait(self, seconds: float) -> None:
-        """Sleeps; raises ClientGone as soon as nobody is waiting for the answer any more."""
-        with self._lock:
-            self._event = self._event or threading.Event()
-            if self.aborted:
-                self._event.set()
-        if self._event.wait(seconds):
-            raise ClientGone("client closed the connection")
-
-
-def shut(sock: socket.socket) -> None:
-    """Both directions, at once, without an exception; below TLS, which would wait for an answer."""
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass
-
-
-def close_quietly(sock: Any) -> None:
-    """Whatever it was, it is closed now."""
-    try:
-        sock.close()
-    except OSError:
-        pass
-
-
-def set_patience(sock: socket.socket, seconds: float) -> None:
-    """Longest wait of one recv or send.  The kernel's own limit where there is one: Python's costs a
-    poll() before every read."""
-    if sys.platform.startswith("linux"):
-        sock.settimeout(None)
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-    else:
-        sock.settimeout(seconds)
-
-
-def is_readable(sock: socket.socket) -> bool:
-    """Whether something waits to be read; on an idle connection that means it is dead or out of step."""
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(sock, select.POLLIN)
-        return bool(poller.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
-
-
-# What a blocking socket raises when its patience is over (SSLWantReadError is an OSError of that name).
-def is_timeout(error: OSError) -> bool:
-    return isinstance(error, (socket.timeout, BlockingIOError)) \
-        or type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
 
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r\n]*))?")
@@ -3919,16 +4270,16 @@ class Reply:
     A connection goes back to the pool only when its body was read to the end.
     """
 
-    def __init__(self, upstream: "Upstream", key: tuple, sock: socket.socket, head: tuple, rest: bytes,
-                 cancel: Cancel, bodiless: bool) -> None:
+    def __init__(self, upstream: "Upstream", key: Optional[tuple], sock: socket.socket, head: tuple, rest: bytes,
+                 patience: float, bodiless: bool) -> None:
         minor, self.status, self.reason, self.headers = head
-        self.sock, self.cancel = sock, cancel
+        self.sock, self.patience = sock, patience
         self._upstream, self._key = upstream, key
-        self.patience = key[-1]
         self._rest = rest
         self._closed = False
+        self.ending = False             # the client has all of it, only the end of the framing is missing
         connection = self.headers.get("connection", "").lower()
-        self._keep = "close" not in connection and (minor == 1 or "keep-alive" in connection)
+        self._keep = key is not None and "close" not in connection and (minor == 1 or "keep-alive" in connection)
         coding = self.headers.get("transfer-encoding", "").lower()
         length = self.headers.get("content-length")
         if bodiless or self.status in (204, 304):
@@ -3960,20 +4311,13 @@ class Reply:
         rest, self._rest = self._rest, b""
         return rest
 
-    def recv(self) -> bytes:
-        """The next body bytes, b"" at the end.
-
-        Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, or ClientGone after an abort.
-        """
+    async def recv(self) -> bytes:
+        """The next body bytes, b"" at the end.  Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload."""
         while not self.body.done:
             if self.body.broken is not None:
                 raise self.body.broken
-            data = self.take_rest()
+            data = self.take_rest() or await self._upstream.receive(self.sock, self.patience)
             if not data:
-                data = self._upstream.receive(self.sock, self.cancel)
-            if not data:
-                if self.cancel.aborted:
-                    raise ClientGone("client closed the connection")
                 self.body.close()
                 break
             data = self.body.feed(data)
@@ -3981,11 +4325,11 @@ class Reply:
                 return data
         return b""
 
-    def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
+    async def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
         """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised."""
         pieces, size = [], 0
         while True:
-            data = self.recv()
+            data = await self.recv()
             if not data:
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.append(data)
@@ -3995,65 +4339,78 @@ class Reply:
             if size > limit:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
 
-    @property
-    def reusable(self) -> bool:
-        """The connection can carry another request."""
-        return self._keep and self.body.done and self.body.clean and not self._rest and not self.cancel.aborted
+    async def drain(self) -> None:
+        """Waits a moment for the end of an answer that nobody needs more of, so that its connection lives on."""
+        try:
+            until = time.monotonic() + 1.0
+            while not self.body.done and time.monotonic() < until:
+                data = await receive(self.sock, until - time.monotonic(), 4096)
+                if not data:
+                    break
+                self.body.feed(data)
+        except (OSError, Expired, ProxyError):
+            pass
+        self.close()
 
     def close(self) -> None:
         """Gives the connection back, or ends it."""
         if self._closed:
             return
         self._closed = True
-        self.cancel.attach(None)
-        if self.reusable:
+        if self._keep and self.body.done and self.body.clean and not self._rest:
             self._upstream.give_back(self._key, self.sock)
         else:
-            shut(self.sock)
-            close_quietly(self.sock)
+            self._upstream.end(self.sock)
 
 
 class Upstream:
-    """Connections to targets: pooled, kept alive, each request on one of them."""
+    """Connections to targets: pooled, kept alive, each request on one of them.
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._pool: dict = {}           # (scheme, host, port, proxy, patience) -> [(socket, idle since)]
+    The pool belongs to the loop's thread.  Without a loop nothing is pooled.
+    """
+
+    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
+        self._config, self._loop = config, loop
+        self._pool: dict = {}           # (scheme, host, port, proxy) -> [(socket, idle since)]
         self._lock = threading.Lock()
         self._context: Any = None
         self._routes: dict = {}         # host -> proxy or None
 
     # -- requests
 
-    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any, cancel: Cancel,
-             timeout: Optional[float] = None) -> Reply:
+    async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
+                   timeout: Optional[float] = None, pooled: bool = True) -> Reply:
         """Sends one request; returns when the head of the answer is there.
 
-        `path` is complete; `body` is bytes, or pieces that are sent chunked as they come.  A pooled connection that turns out dead before a byte of an answer is
+        `path` is complete; `body` is bytes, or a coroutine function whose pieces, up to an empty one, are
+        sent chunked as they come.  A pooled connection that turns out dead before a byte of an answer is
         replaced once.  Redirects are followed on the same scheme, host and port only.
-        Raises UpstreamUnreachable, UpstreamTimeout, BadUpstreamPayload or ClientGone.
+        Raises UpstreamUnreachable, UpstreamTimeout or BadUpstreamPayload.
         """
         for _ in range(4):
-            reply = self._exchange(target, method, path, headers, body, cancel, timeout)
+            reply = await self._exchange(target, method, path, headers, body, timeout, pooled)
             if reply.status not in (301, 302, 303, 307, 308):
                 return reply
-            location = reply.headers.get("location", "")
             reply.close()
-            try:
-                where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
-                port = where.port
-            except ValueError:
-                raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
-            default = {"http": 80, "https": 443}.get(where.scheme)
-            if not location or (where.scheme, where.hostname, port or default) != (
-                    target.scheme, target.host.lower(), target.port):
-                raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
-                                    "give that address as --target if it is the right one")
-            path = where.path + (f"?{where.query}" if where.query else "")
+            path = self._redirected(target, path, reply.headers.get("location", ""))
         raise UpstreamError(f"{target.url} redirects in circles")
 
-    def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any, cancel: Cancel,
-                  timeout: Optional[float]) -> Reply:
+    @staticmethod
+    def _redirected(target: Target, path: str, location: str) -> str:
+        try:
+            where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
+            port = where.port
+        except ValueError:
+            raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
+        default = {"http": 80, "https": 443}.get(where.scheme)
+        if not location or (where.scheme, where.hostname, port or default) != (
+                target.scheme, target.host.lower(), target.port):
+            raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
+                                "give that address as --target if it is the right one")
+        return where.path + (f"?{where.query}" if where.query else "")
+
+    async def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
+                        timeout: Optional[float], pooled: bool) -> Reply:
         via = self._proxy_for(target)
         plain_proxy = via is not None and target.scheme == "http"
         lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1",
@@ -4067,61 +4424,52 @@ class Upstream:
             lines.append(f"Content-Length: {len(body)}")
         wire = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
         patience = timeout or self._config.timeout
-        key = (target.scheme, target.host, target.port, via[:2] if via else None, patience)
+        key = (target.scheme, target.host, target.port, via[:2] if via else None) if pooled and self._loop else None
         for fresh in (False, True):
             # A body that streams can be sent once: not on a connection that may be dead.
-            sock = None if fresh or not isinstance(body, bytes) else self._take(key)
+            sock = None if fresh or key is None or not isinstance(body, bytes) else self._take(key)
             reused = sock is not None
             if sock is None:
-                sock = self._dial(target, via, cancel, min(self._config.connect_timeout, timeout or 1e9))
-            if not reused:
-                set_patience(sock, patience)
-            cancel.attach(sock)
+                sock = await work(self._dial, target, via, min(self._config.connect_timeout, timeout or 1e9),
+                                  discard=close_quietly)
             begun = time.monotonic()
             try:
-                head, rest = self._ask(sock, wire, body, cancel, begun + patience, target)
-                return Reply(self, key, sock, head, rest, cancel, method == "HEAD")
-            except ProxyError as error:
-                cancel.attach(None)
-                close_quietly(sock)
+                head, rest = await self._ask(sock, wire, body, begun + patience, target)
+                return Reply(self, key, sock, head, rest, patience, method == "HEAD")
+            except _NoAnswer:
+                self.end(sock)
                 # Dead before it could have been read: an idle connection that the target had given up.
-                if not reused or not isinstance(error, _NoAnswer) or time.monotonic() - begun > 2.0:
+                if not reused or time.monotonic() - begun > 2.0:
                     raise
             except BaseException:
-                cancel.attach(None)
-                close_quietly(sock)
+                self.end(sock)
                 raise
         raise AssertionError("unreachable")
 
-    def _ask(self, sock: socket.socket, wire: bytes, body: Any, cancel: Cancel, deadline: float,
-             target: Target) -> tuple:
+    async def _ask(self, sock: socket.socket, wire: bytes, body: Any, deadline: float, target: Target) -> tuple:
         """One request on one connection -> (parsed head, bytes after it)."""
         broken: Optional[OSError] = None
         try:
             if not isinstance(body, bytes):
-                sock.sendall(wire)
-                self._upload(sock, body)
+                await send_all(sock, wire, self._config.timeout)
+                await self._upload(sock, body)
             elif len(body) < 65536:
-                sock.sendall(wire + body)
+                await send_all(sock, wire + body, self._config.timeout)
             else:
-                sock.sendall(wire)
-                sock.sendall(body)
+                await send_all(sock, wire, self._config.timeout)
+                await send_all(sock, body, self._config.timeout)
+        except Expired:
+            raise UpstreamTimeout(f"{target.url} did not take the request for {self._config.timeout:g} s") from None
         except OSError as error:
-            if is_timeout(error):
-                raise UpstreamTimeout(f"{target.url} did not take the request for {self._config.timeout:g} s") from None
             broken = error              # a server may answer and close before it has read everything
         data = b""
         while True:
             try:
-                piece = self.receive(sock, cancel)
-            except (StreamTruncated, UpstreamTimeout) as error:
-                if isinstance(error, UpstreamTimeout):
-                    raise
+                piece = await self.receive(sock, max(0.0, deadline - time.monotonic()))
+            except StreamTruncated:
                 piece = b""
-            data += piece
+            data = data + piece if data else piece
             if not piece:
-                if cancel.aborted:
-                    raise ClientGone("client closed the connection")
                 if data:
                     raise BadUpstreamPayload(f"{target.url} closed the connection in the middle of its answer")
                 raise _NoAnswer(f"{target.url} closed the connection without an answer"
@@ -4142,57 +4490,63 @@ class Upstream:
             if time.monotonic() > deadline:
                 raise UpstreamTimeout(f"{target.url} did not finish its headers in time")
 
-    @staticmethod
-    def _upload(sock: socket.socket, pieces: Iterable[bytes]) -> None:
+    async def _upload(self, sock: socket.socket, read: Callable) -> None:
         """A body as it comes from the client.  What breaks on the client's side is no OSError of ours."""
-        for piece in pieces:
-            sock.sendall(http_chunk(piece))
-        sock.sendall(LAST_CHUNK)
+        piece = await read()
+        while piece:
+            await send_all(sock, http_chunk(piece), self._config.timeout)
+            piece = await read()
+        await send_all(sock, LAST_CHUNK, self._config.timeout)
 
-    def receive(self, sock: socket.socket, cancel: Cancel) -> bytes:
+    async def receive(self, sock: socket.socket, patience: float) -> bytes:
         """One recv with the errors of room 3."""
         try:
-            return sock.recv(65536)
+            return await receive(sock, patience)
+        except Expired:
+            raise UpstreamTimeout(f"upstream was silent for {self._config.timeout:g} s") from None
         except OSError as error:
-            if cancel.aborted:
-                raise ClientGone("client closed the connection") from None
-            if is_timeout(error):
-                raise UpstreamTimeout(f"upstream was silent for {self._config.timeout:g} s") from None
             raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
 
     # -- connections
 
     def _take(self, key: tuple) -> Optional[socket.socket]:
         """The idle connection used last, unless the target has closed or spoiled it meanwhile."""
-        while True:
-            with self._lock:
-                idle = self._pool.get(key)
-                if not idle:
-                    return None
-                sock, since = idle.pop()
-            if time.monotonic() - since < POOL_IDLE and not is_readable(sock):
-                return sock
-            close_quietly(sock)
+        idle = self._pool.get(key)
+        while idle:
+            sock, since = idle.pop()
+            try:
+                # Bytes that nobody asked for are an answer to nobody: they must not reach the next client.
+                socket.socket.recv(sock, 1, socket.MSG_PEEK)
+            except OSError as error:
+                if unready(error) and time.monotonic() - since < POOL_IDLE:
+                    return sock
+            self.end(sock)
+        return None
 
     def give_back(self, key: tuple, sock: socket.socket) -> None:
         """A connection whose answer was read to the end."""
-        with self._lock:
-            idle = self._pool.setdefault(key, [])
-            idle.append((sock, time.monotonic()))
-            surplus = idle.pop(0)[0] if len(idle) > POOL_SIZE else None
-        if surplus is not None:
-            close_quietly(surplus)
+        self._loop.release(sock)
+        idle = self._pool.setdefault(key, [])
+        idle.append((sock, self._loop.now))
+        if len(idle) > POOL_SIZE or self._loop.now - idle[0][1] > POOL_IDLE:
+            self.end(idle.pop(0)[0])
+
+    def end(self, sock: socket.socket) -> None:
+        """Closes a connection, whatever it was doing."""
+        if self._loop is not None:
+            self._loop.forget(sock)
+        shut(sock)
+        close_quietly(sock)
 
     def close(self) -> None:
-        """Ends all idle connections."""
-        with self._lock:
-            idle, self._pool = self._pool, {}
+        """Ends all idle connections, once the loop has stopped."""
+        idle, self._pool = self._pool, {}
         for socks in idle.values():
             for sock, _ in socks:
                 close_quietly(sock)
 
-    def _dial(self, target: Target, via: Optional[tuple], cancel: Cancel, timeout: float) -> socket.socket:
-        """A new connection, through a proxy or TLS where they are needed."""
+    def _dial(self, target: Target, via: Optional[tuple], timeout: float) -> socket.socket:
+        """A new connection, through a proxy or TLS where they are needed; it blocks."""
         host, port = via[:2] if via else (target.host, target.port)
         try:
             if target.scheme == "https":
@@ -4204,11 +4558,10 @@ class Upstream:
                 connection = http.client.HTTPConnection(host, port, timeout=timeout)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if cancel.aborted:
-                raise ClientGone("client closed the connection") from None
             through = f" through the proxy {host}:{port}" if via else ""
-            kind = UpstreamTimeout if isinstance(error, OSError) and is_timeout(error) else UpstreamUnreachable
+            kind = UpstreamTimeout if isinstance(error, socket.timeout) else UpstreamUnreachable
             raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
+        connection.sock.setblocking(False)
         return connection.sock
 
     def _tls(self) -> Any:
@@ -4264,442 +4617,6 @@ def reason_of(error: Exception) -> str:
         return "timed out"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return one_line(text[:1].lower() + text[1:], 200)
-
-# ----------------------------------------------------------------------------
-# Room 10.  Pump: one thread that moves live streams and notices hang-ups
-#
-# Until a stream's first event a request belongs to its own thread; the pump only watches
-# the client's socket for it.  From then on the pump owns both sockets: a wake-up and a
-# lock hand-over per token would cost more than translating it.  One read, everything in
-# it decoded and encoded, one write; a client that does not read stops the reading.
-# ----------------------------------------------------------------------------
-
-READ, WRITE, GONE = 1, 4, 8
-
-
-class EpollPoller:
-    """Linux: knows a hang-up (EPOLLRDHUP) from bytes that wait, and takes changes while it waits."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._gone = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-
-    def register(self, sock: Any, mask: int) -> None:
-        self._epoll.register(sock.fileno(), self._events(mask))
-
-    def modify(self, sock: Any, mask: int) -> None:
-        self._epoll.modify(sock.fileno(), self._events(mask))
-
-    def unregister(self, sock: Any) -> None:
-        try:
-            self._epoll.unregister(sock.fileno())
-        except (OSError, ValueError):
-            pass                        # closed already: the kernel has forgotten it
-
-    def poll(self, timeout: float) -> list:
-        try:
-            ready = self._epoll.poll(timeout)
-        except InterruptedError:
-            return []
-        return [(fd, (events & 5) | (GONE if events & self._gone else 0)) for fd, events in ready]
-
-    def is_gone(self, sock: Any) -> bool:
-        """Asks again about one socket: numbers of descriptors are reused at once."""
-        poller = select.poll()
-        poller.register(sock.fileno(), select.EPOLLRDHUP)
-        return bool(poller.poll(0))
-
-    @staticmethod
-    def _events(mask: int) -> int:
-        return (mask & 5) | (select.EPOLLRDHUP if mask & GONE else 0)
-
-
-class SelectorPoller:
-    """macOS, Windows: a hang-up is a readable socket with nothing to read; a client that has sent its
-    next request already is no longer watched."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._masks: dict = {}
-        self._bell, self._ear = socket.socketpair()
-        for end in (self._bell, self._ear):
-            end.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
-
-    def register(self, sock: Any, mask: int) -> None:
-        self._set(sock, mask)
-
-    def modify(self, sock: Any, mask: int) -> None:
-        self._set(sock, mask)
-
-    def unregister(self, sock: Any) -> None:
-        self._set(sock, 0)
-
-    def _set(self, sock: Any, mask: int) -> None:
-        fd = sock.fileno()
-        events = (selectors.EVENT_READ if mask & (READ | GONE) else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
-        known = fd in self._masks
-        try:
-            if known and events:
-                self._selector.modify(fd, events, sock)
-            elif events:
-                self._selector.register(fd, events, sock)
-            elif known:
-                self._selector.unregister(fd)
-        except (OSError, ValueError, KeyError):
-            pass
-        if events:
-            self._masks[fd] = mask
-        else:
-            self._masks.pop(fd, None)
-        try:
-            self._bell.send(b"!")
-        except OSError:
-            pass                        # the bell rings already
-
-    def poll(self, timeout: float) -> list:
-        try:
-            ready = self._selector.select(timeout)
-        except (OSError, ValueError, RuntimeError):
-            time.sleep(0.01)            # a socket was closed while select looked at it
-            return []
-        found = []
-        for key, events in ready:
-            if key.fileobj is self._ear:
-                try:
-                    self._ear.recv(4096)
-                except OSError:
-                    pass
-                continue
-            mask = self._masks.get(key.fd, 0)
-            flags = WRITE if events & selectors.EVENT_WRITE else 0
-            if events & selectors.EVENT_READ and mask & READ:
-                flags |= READ
-            elif events & selectors.EVENT_READ:
-                if self.is_gone(key.data):
-                    flags |= GONE
-                else:
-                    self._set(key.data, mask & WRITE)
-            if flags:
-                found.append((key.fd, flags))
-        return found
-
-    def is_gone(self, sock: Any) -> bool:
-        """Whether the peer has ended the connection; a look at the raw socket, below TLS."""
-        try:
-            return is_readable(sock) and socket.socket.recv(sock, 1, socket.MSG_PEEK) == b""
-        except OSError as error:
-            return not is_timeout(error)
-
-
-class Watch:
-    """A client whose request another thread is busy with."""
-
-    __slots__ = ("sock", "on_hangup")
-
-    def __init__(self, sock: Any, on_hangup: Callable) -> None:
-        self.sock, self.on_hangup = sock, on_hangup
-
-    def ready(self, pump: "Pump", fd: int, flags: int, now: float) -> None:
-        if flags & GONE and pump.confirm_gone(self):
-            self.on_hangup()
-
-    def sweep(self, pump: "Pump", now: float) -> None:
-        pass
-
-
-class Drain:
-    """An upstream whose answer is complete but for the end of its framing."""
-
-    __slots__ = ("reply", "_until")
-
-    def __init__(self, reply: Reply, until: float) -> None:
-        self.reply, self._until = reply, until
-
-    def ready(self, pump: "Pump", fd: int, flags: int, now: float) -> None:
-        try:
-            data = self.reply.sock.recv(4096)
-            if data:
-                self.reply.body.feed(data)
-                if not self.reply.body.done:
-                    return
-        except (OSError, ProxyError) as error:
-            if isinstance(error, OSError) and is_timeout(error):
-                return
-        pump.forget(self.reply.sock)
-        pump.release(self.reply)
-
-    def sweep(self, pump: "Pump", now: float) -> None:
-        if now > self._until:
-            pump.forget(self.reply.sock)
-            self.reply.close()
-
-
-class Stream:
-    """One live answer: an upstream, a pipe, a client.  `on_done(stream)` is called, in the pump's
-    thread, when nothing more will be written; `outcome` is None, the error, or ClientGone."""
-
-    __slots__ = ("client", "reply", "pipe", "limits", "on_done", "sent", "outcome", "_outbox", "_heard", "_tls", "_tap")
-
-    def __init__(self, client: Any, reply: Reply, pipe: Any, limits: tuple, on_done: Callable,
-                 tap: Optional[Callable]) -> None:
-        self.client, self.reply, self.pipe, self.limits, self.on_done = client, reply, pipe, limits, on_done
-        self.sent = 0
-        self.outcome: Optional[Exception] = None
-        self._outbox: Any = None        # what the client did not take yet; the upstream waits meanwhile
-        self._heard = 0.0
-        self._tls = hasattr(reply.sock, "pending")
-        self._tap = tap
-
-    def start(self, pump: "Pump", now: float) -> None:
-        self._heard = now
-
-    def ready(self, pump: "Pump", fd: int, flags: int, now: float) -> None:
-        if fd == self.client.fileno():
-            if flags & GONE and pump.confirm_gone(self, self.client):
-                self._end(pump, ClientGone("client closed the connection"))
-            elif flags & WRITE and self._outbox is not None:
-                self._heard = now
-                self._flush(pump, now)
-            return
-        self._heard = now
-        if flags & WRITE:               # the look that adopt() asked for
-            pump.resume(self)
-        self._pull(pump, now)
-
-    def _pull(self, pump: "Pump", now: float) -> None:
-        """One read, all of it translated, one write; TLS may hold more than the kernel shows."""
-        while True:
-            try:
-                size = self.reply.sock.recv_into(pump.buffer)
-            except OSError as error:
-                if not is_timeout(error):
-                    self._break(pump, now, StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
-                return
-            if not self.feed(pump, now, bytes(pump.view[:size])) or not self.holds_bytes():
-                return
-
-    def holds_bytes(self) -> bool:
-        """TLS has decrypted more than was read."""
-        return self._tls and self.reply.sock.pending() > 0
-
-    def feed(self, pump: "Pump", now: float, data: bytes) -> bool:
-        """Framed bytes of the upstream, b"" at its end; False when the stream is over or has to wait."""
-        body, pipe = self.reply.body, self.pipe
-        try:
-            if data:
-                data = body.feed(data)
-                if self._tap is not None and data:
-                    self._tap("Target chunk", data)
-                out = pipe.feed(data) if data else b""
-            else:
-                body.close()
-                out = b""
-            if body.broken is not None:
-                out += pipe.fail(body.broken)
-            elif body.done and not pipe.done:
-                out += pipe.close()
-        except ProxyError as error:
-            return self._break(pump, now, error)
-        return self._write(pump, now, out)
-
-    def _break(self, pump: "Pump", now: float, error: ProxyError) -> bool:
-        """The upstream is over; when we cut it ourselves, because the client had gone."""
-        if self.reply.cancel.aborted:
-            self._end(pump, ClientGone("client closed the connection"))
-            return False
-        return self._write(pump, now, self.pipe.fail(error))
-
-    def _write(self, pump: "Pump", now: float, out: bytes) -> bool:
-        if out:
-            try:
-                size = self.client.send(out)
-            except OSError as error:
-                if not is_timeout(error):
-                    self._end(pump, ClientGone("client closed the connection"))
-                    return False
-                size = 0
-            self.sent += size
-            if size < len(out):
-                self._outbox = memoryview(out)[size:]
-                pump.pause(self)
-                return False
-        if self.pipe.done:
-            self._end(pump, self.pipe.failure)
-            return False
-        return True
-
-    def _flush(self, pump: "Pump", now: float) -> None:
-        rest, self._outbox = self._outbox, None
-        if self._write(pump, now, rest):
-            pump.resume(self)
-            if self.holds_bytes():
-                self._pull(pump, now)
-
-    def _end(self, pump: "Pump", outcome: Optional[Exception]) -> None:
-        self.outcome = outcome
-        pump.finish(self)
-
-    def sweep(self, pump: "Pump", now: float) -> None:
-        """Called about once a second: silence has its limits on both sides."""
-        silent = now - self._heard
-        if self._outbox is not None and silent > self.limits[1]:
-            self._end(pump, ClientGone(f"client did not read for {self.limits[1]:g} s"))
-        elif self._outbox is None and silent > self.limits[0]:
-            self._break(pump, now, UpstreamTimeout(f"upstream was silent for {self.limits[0]:g} s"))
-
-
-class Pump:
-    """The thread itself.  Entries are keyed by descriptor; the lock guards the table, not the streams,
-    which nobody else touches."""
-
-    def __init__(self, poller: Any = None) -> None:
-        self._poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())
-        self._entries: dict = {}
-        self._lock = threading.Lock()
-        self._thread: Optional[threading.Thread] = None
-        self.buffer = bytearray(READ_SIZE)
-        self.view = memoryview(self.buffer)
-
-    def start(self) -> None:
-        """Called once, after any fork."""
-        self._thread = threading.Thread(target=self._run, name="pump", daemon=True)
-        self._thread.start()
-
-    # -- called by request threads
-
-    def watch(self, sock: Any, on_hangup: Callable) -> None:
-        """Calls `on_hangup()` once if the peer of `sock` goes away before unwatch()."""
-        with self._lock:
-            self._entries[sock.fileno()] = Watch(sock, on_hangup)
-            self._poller.register(sock, GONE)
-
-    def unwatch(self, sock: Any) -> None:
-        """Must be called before `sock` is closed, since its number is given to the next client."""
-        with self._lock:
-            entry = self._entries.get(sock.fileno())
-            if entry is not None and isinstance(entry, Watch):
-                del self._entries[sock.fileno()]
-                self._poller.unregister(sock)
-
-    def adopt(self, stream: Stream) -> None:
-        """Takes a stream over; its client must be watched already.  Both sockets become non-blocking."""
-        stream.client.setblocking(False)
-        stream.reply.sock.setblocking(False)
-        stream.start(self, time.monotonic())
-        with self._lock:
-            fd = stream.client.fileno()
-            watched = self._entries.get(fd)
-            self._entries[fd] = stream
-            if isinstance(watched, Watch):
-                self._poller.modify(stream.client, GONE)
-            else:                       # gone since: the poller reports it again
-                self._poller.register(stream.client, GONE)
-            self._entries[stream.reply.sock.fileno()] = stream
-            # Bytes that TLS has decrypted already make no descriptor readable: have the pump look once.
-            self._poller.register(stream.reply.sock, READ | WRITE if stream.holds_bytes() else READ)
-
-    # -- called by entries, in the pump's thread
-
-    def confirm_gone(self, entry: Any, sock: Any = None) -> bool:
-        """Whether the hang-up is this entry's own; if so it is not reported again."""
-        sock = sock or entry.sock
-        with self._lock:
-            if self._entries.get(sock.fileno()) is not entry or not self._poller.is_gone(sock):
-                return False
-            if isinstance(entry, Watch):
-                del self._entries[sock.fileno()]
-                self._poller.unregister(sock)
-            return True
-
-    def pause(self, stream: Stream) -> None:
-        """The client is full: wait for it, and for nothing else."""
-        with self._lock:
-            self._poller.modify(stream.client, GONE | WRITE)
-            self._poller.unregister(stream.reply.sock)
-            self._entries.pop(stream.reply.sock.fileno(), None)
-
-    def resume(self, stream: Stream) -> None:
-        """The client has taken everything."""
-        with self._lock:
-            self._poller.modify(stream.client, GONE)
-            if self._entries.get(stream.reply.sock.fileno()) is stream:
-                self._poller.modify(stream.reply.sock, READ)
-            else:
-                self._entries[stream.reply.sock.fileno()] = stream
-                self._poller.register(stream.reply.sock, READ)
-
-    def forget(self, sock: Any) -> None:
-        """No more events of this socket."""
-        with self._lock:
-            if self._entries.pop(sock.fileno(), None) is not None:
-                self._poller.unregister(sock)
-
-    def finish(self, stream: Stream) -> None:
-        """Lets both sockets go: the upstream to its pool, or to be drained, or closed."""
-        self.forget(stream.client)
-        self.forget(stream.reply.sock)
-        reply = stream.reply
-        if isinstance(stream.outcome, Exception):
-            reply.close()
-        elif reply.body.done:
-            self.release(reply)
-        else:
-            with self._lock:
-                self._entries[reply.sock.fileno()] = Drain(reply, time.monotonic() + 1.0)
-                self._poller.register(reply.sock, READ)
-        stream.on_done(stream)
-
-    def release(self, reply: Reply) -> None:
-        """A finished upstream goes back to its pool as it came."""
-        try:
-            if reply.reusable:
-                reply.sock.setblocking(True)
-                set_patience(reply.sock, reply.patience)
-        except OSError:
-            pass
-        reply.close()
-
-    # -- the loop
-
-    def _run(self) -> None:
-        swept = 0.0
-        while True:
-            ready = self._poller.poll(1.0)
-            now = time.monotonic()
-            for fd, flags in ready:
-                entry = self._entries.get(fd)
-                if entry is not None:
-                    self._guard(entry, entry.ready, fd, flags, now)
-            if now - swept > 1.0:
-                swept = now
-                with self._lock:
-                    entries = list({id(entry): entry for entry in self._entries.values()}.values())
-                for entry in entries:
-                    self._guard(entry, entry.sweep, now)
-
-    def _guard(self, entry: Any, step: Callable, *arguments: Any) -> None:
-        """A bug in one stream ends that stream: its connection is cut, the others go on."""
-        try:
-            step(self, *arguments)
-        except Exception as error:      # noqa: BLE001  the boundary of this thread
-            complain(error)
-            if isinstance(entry, Stream):
-                entry.outcome = entry.outcome or ProxyError("internal error")
-                entry.pipe.clean = False
-                try:
-                    self.finish(entry)
-                except Exception as second:     # noqa: BLE001
-                    complain(second)
-
-
-def complain(error: BaseException) -> None:
-    """A traceback on stderr, for bugs of our own only; a closed stderr is no second bug."""
-    import traceback
-    try:
-        traceback.print_exception(type(error), error, error.__traceback__)
-    except (OSError, ValueError):
-        pass
 
 # ----------------------------------------------------------------------------
 # Room 11.  Catalogue: what the target serves, under which names, with what metadata
@@ -4945,6 +4862,18 @@ class Catalogue:
 
     # -- asking
 
+    def models_at_once(self, details: bool = True) -> Optional[list]:
+        """models() from memory; None when that may take waiting."""
+        return self._listed if self._is_fresh() and (self._probed or not details) else None
+
+    def resolve_at_once(self, name: str) -> Optional[ModelInfo]:
+        """resolve() from memory; None when that may take waiting.  A list that is old is renewed meanwhile."""
+        if self._models is None:
+            return None
+        if not self._is_fresh():
+            self._update(0.0, False)
+        return self._find(name)
+
     def models(self, details: bool = True) -> list[ModelInfo]:
         """Everything that may be shown.  Raises UpstreamError when nothing was ever known."""
         self._update(FIRST_PATIENCE if self._models is None else DISCOVERY_PATIENCE, details)
@@ -5109,7 +5038,7 @@ class Catalogue:
     # -- refreshing
 
     def _is_fresh(self) -> bool:
-        return time.monotonic() - self._fetched < CATALOGUE_FRESH
+        return self._models is not None and time.monotonic() - self._fetched < CATALOGUE_FRESH
 
     def _update(self, patience: float, details: bool, force: bool = False) -> None:
         """Starts a refresh when one is due; waits `patience` seconds for the list, and a moment more for
@@ -5126,7 +5055,8 @@ class Catalogue:
             if busy is None:
                 busy = self._busy = (threading.Event(), threading.Event())
                 threading.Thread(target=self._refresh, args=(*busy, details), name="catalogue", daemon=True).start()
-        busy[0].wait(patience)
+        if patience:
+            busy[0].wait(patience)
         if wanting and patience:
             busy[1].wait(DETAILS_PATIENCE)
 
@@ -5499,7 +5429,7 @@ class Request:
         path, _, self.query = target.partition("?")
         self.path = clean_path(path)
         self.body = b""
-        self.chunks: Any = None         # an iterator over the body, for routes that stream it
+        self.chunks: Any = None         # a coroutine function that reads the body piecewise, for routes that stream it
         self.route: Any = None
         self.arguments: tuple = ()
         self.started = time.monotonic_ns()
@@ -5579,38 +5509,51 @@ class Log:
 class Context:
     """What every operation may use, built once: configuration, target, catalogue, memory."""
 
-    def __init__(self, config: Config, pump: Optional[Pump] = None) -> None:
+    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
         self.config = config
         self.target = config.destination
         self.log = Log(config)
         self.clock = Clock()
-        self.upstream = Upstream(config)
-        self.pump = pump or Pump()
+        self.loop = loop
+        self.upstream = Upstream(config, loop)
         self.healer = Healer()
         self.keepsakes = Keepsakes()
         self.openers: set = set()       # models whose answers begin inside a think tag
         self.fallback = parse_target(config.fallback, "ollama") if config.fallback else None
         self._unknown_since = -1e9
-        self._api = config.target_api if config.target_api != "auto" else ""
-        if not self._api and (self.target.name or self.target.preset.hosts):
-            self._api = self.target.preset.api
+        self.known_api = config.target_api if config.target_api != "auto" else ""
+        if not self.known_api and (self.target.name or self.target.preset.hosts):
+            self.known_api = self.target.preset.api
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
         self.memory: dict = {}          # answers of tags and show, by catalogue generation
         self._headers = self._own_headers()
 
+    async def speaks(self) -> str:
+        """api(), without blocking the loop."""
+        return self.known_api or await work(self.api)
+
+    async def find_model(self, name: str) -> ModelInfo:
+        """Catalogue.resolve(), without blocking the loop."""
+        return self.catalogue.resolve_at_once(name) or await work(self.catalogue.resolve, name)
+
+    async def models(self, details: bool = True) -> list[ModelInfo]:
+        """Catalogue.models(), without blocking the loop."""
+        known = self.catalogue.models_at_once(details)
+        return known if known is not None else await work(self.catalogue.models, details)
+
     def api(self) -> str:
         """What the target speaks, "openai" or "ollama": found out by asking, kept once it answered."""
-        if not self._api:
+        if not self.known_api:
             if time.monotonic() - self._unknown_since < DOWN_MEMORY:
                 return "openai"
             try:
-                self._api = "ollama" if self._is_ollama() else "openai"
+                self.known_api = "ollama" if self._is_ollama() else "openai"
             except UpstreamUnreachable:
                 self._unknown_since = time.monotonic()
                 return "openai"         # down: asked again soon
             except UpstreamTimeout:     # an Ollama answers this at once
-                self._api = "openai"
-        return self._api
+                self.known_api = "openai"
+        return self.known_api
 
     def _is_ollama(self) -> bool:
         """Asks for a version, then for the OpenAI list.  Ollama shows every model with a tag (ollama-api 1.9);
@@ -5627,10 +5570,6 @@ class Context:
             return False
         listed = read_models(payload) if status == 200 else None
         return all(":" in info.id for info in listed or ())
-
-    @property
-    def dialect(self) -> Dialect:
-        return DIALECTS[self.api()]
 
     def habits(self) -> Habits:
         """The target's habits; a server of one's own may know template switches, a stranger's may not."""
@@ -5668,11 +5607,14 @@ class Context:
         return whole
 
     def fetch(self, native: bool, path: str, timeout: Optional[float]) -> tuple:
-        """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError."""
-        reply = self.upstream.open(self.target, "GET", self.path(native, path), self.headers() + [("Accept", JSON)],
-                                   b"", Cancel(), timeout)
+        """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError.
+
+        It blocks, and is for threads beside the loop.
+        """
+        reply = drive(self.upstream.open(self.target, "GET", self.path(native, path),
+                                         self.headers() + [("Accept", JSON)], b"", timeout, pooled=False))
         try:
-            data = reply.read(64 * 1024 * 1024)
+            data = drive(reply.read(64 * 1024 * 1024))
         finally:
             reply.close()
         try:
@@ -5693,47 +5635,34 @@ def is_real_key(authorization: str) -> bool:
 
 
 class Scope:
-    """One request's claim on the outside: its client is watched, what it opened is closed at the end."""
+    """One request's claim on the outside: what it opened is closed at its end."""
 
-    __slots__ = ("context", "client", "cancel", "_watching", "_replies")
+    __slots__ = ("context", "_replies")
 
-    def __init__(self, context: Context, client: Any) -> None:
-        self.context, self.client = context, client
-        self.cancel = Cancel()
-        self._watching = False
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self._replies: list = []
 
-    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any) -> Reply:
-        """Upstream.open, with the client watched from here on."""
-        if not self._watching:
-            self._watching = True
-            self.context.pump.watch(self.client, self.cancel.fire)
-        reply = self.context.upstream.open(target, method, path, headers, body, self.cancel)
+    async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any) -> Reply:
+        """Upstream.open, for as long as the request lasts."""
+        reply = await self.context.upstream.open(target, method, path, headers, body)
         self._replies.append(reply)
         return reply
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Nothing more is read: connections go back to their pool before the client can ask again."""
         for reply in self._replies:
-            reply.close()
+            if reply.body.done or not reply.ending:
+                reply.close()
+            else:
+                self.context.loop.spawn(reply.drain())
         self._replies = []
 
-    def hand_over(self, reply: Reply) -> None:
-        """The pump owns this one now, and the client with it."""
-        self._replies.remove(reply)
-        self._watching = False
 
-    def close(self) -> None:
-        if self._watching:
-            self._watching = False
-            self.context.pump.unwatch(self.client)
-        self.release()
-
-
-def refusal(reply: Reply) -> UpstreamRefused:
+async def refusal(reply: Reply) -> UpstreamRefused:
     """An error answer of the target, read and understood."""
     try:
-        data = reply.read(MAX_ERROR_BYTES, cut=True)
+        data = await reply.read(MAX_ERROR_BYTES, cut=True)
     except (StreamTruncated, BadUpstreamPayload):
         data = b""                      # the status is worth more than half a text
     reply.close()
@@ -5742,9 +5671,9 @@ def refusal(reply: Reply) -> UpstreamRefused:
     except (ValueError, RecursionError):
         body = None
     headers = []
-    wait = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
-    if wait and reply.status in (402, 429, 503):
-        headers.append(("Retry-After", one_line(wait, 60)))
+    wait_for = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
+    if wait_for and reply.status in (402, 429, 503):
+        headers.append(("Retry-After", one_line(wait_for, 60)))
     status = reply.status if 400 <= reply.status <= 599 else 502
     return UpstreamRefused(error_text(data, reply.status), status, headers, body, data, reply.content_type)
 
@@ -5752,13 +5681,13 @@ def refusal(reply: Reply) -> UpstreamRefused:
 _LOADING = re.compile(r"loading|warming up|starting up", re.I)
 
 
-def send(scope: Scope, request: Request, wire: WireRequest, model: str) -> Reply:
+async def send(scope: Scope, request: Request, dialect: Dialect, wire: WireRequest, model: str) -> Reply:
     """One translated request to the target, healed and repeated where that helps.
 
     Raises the first refusal when nothing does.  A server that is still loading is waited for.
     """
     context = scope.context
-    native = context.api() == "ollama"
+    native = dialect is OLLAMA
     path = context.path(native, wire.path)
     headers = context.headers(request) + [("Content-Type", JSON), ("Accept", EVENT_STREAM if wire.body.get("stream")
                                                                    and not native else JSON)]
@@ -5770,17 +5699,17 @@ def send(scope: Scope, request: Request, wire: WireRequest, model: str) -> Reply
         data = dump(body)
         if context.log.debugging:
             context.log.debug(f"POST {context.target.scheme}://{context.target.authority}{path} - Request: {data.decode()}")
-        reply = scope.open(context.target, "POST", path, headers, data)
+        reply = await scope.open(context.target, "POST", path, headers, data)
         if reply.status < 300:
             if tried:
                 context.healer.remember(where, lessons)
             return reply
-        error = refusal(reply)
+        error = await refusal(reply)
         context.log.debug(f"Target response: {error.status} {error.message}")
         loading = error.status == 503 and (_LOADING.search(error.message) or "model_loading" in str(error.body))
         if loading and time.monotonic() < patient_until:
-            wait = dict(error.headers).get("Retry-After", "")
-            scope.cancel.wait(min(float(wait) if re.fullmatch("[0-9]{1,4}", wait) else 1.0, 30.0))
+            told = dict(error.headers).get("Retry-After", "")
+            await pause(min(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 30.0))
             continue
         first = first or error
         if len(tried) >= 6 or not context.healer.heal(error, body, tried):
@@ -5828,44 +5757,43 @@ def thinks_always(config: Config, model: str) -> bool:
     return model.lower() in names or re.sub(":latest$", "", model.lower()) in names
 
 
-def converse(request: Request, scope: Scope) -> Response:
+async def converse(request: Request, scope: Scope) -> Response:
     """POST /api/chat, /api/generate, /v1/chat/completions, /v1/completions: the longest road, in order."""
     context = scope.context
     client, face = request.route.dialect, request.route.face
-    if client is context.dialect:
-        return relay_native(request, scope) if client is OLLAMA else relay_openai(request, scope)
-    body = load_request(request.body)
-    call = client.parse_chat(body, face)
-    info = context.catalogue.resolve(call.model)
+    target = DIALECTS[context.known_api or await context.speaks()]
+    if client is target:
+        return await (relay_native if client is OLLAMA else relay_openai)(request, scope)
+    call = client.parse_chat(load_request(request.body), face)
+    info = await context.find_model(call.model)
     if not call.messages and call.prompt is None:
         return json_response(load_answer(call, context.clock.stamp().decode()))
     call = with_defaults(context.config, info.id, call)
     if context.config.generate_via == "completions" and call.face == "generate" and not call.images:
         call = as_continuation(call)
-    if context.api() == "ollama":
-        call = for_ollama(call, info, scope)
-    name = call.model
+    if target is OLLAMA:
+        call = await for_ollama(call, info, context.config)
     wired = call._replace(model=info.id, messages=context.keepsakes.attach(call.messages))
     habits = context.habits()
-    wire = context.dialect.render_chat(wired, habits, info.context_now or info.context)
+    wire = target.render_chat(wired, habits, info.context_now or info.context)
     sent = time.monotonic_ns()
     try:
-        reply = send(scope, request, wire, info.id)
+        reply = await send(scope, request, target, wire, info.id)
     except UpstreamRefused as error:
         if error.status != 404 or wire.path != "/chat/completions" or call.face != "generate" \
                 or "model" in error.message.lower():
             raise
-        reply = send(scope, request, context.dialect.render_chat(as_continuation(wired), habits, info.context), info.id)
-    encoder = client.Encoder(call._replace(model=name), context.clock, request.started, sent,
+        wire = target.render_chat(as_continuation(wired), habits, info.context)
+        reply = await send(scope, request, target, wire, info.id)
+    encoder = client.Encoder(call, context.clock, request.started, sent,
                              **({"reasoning": reasoning_fields(context.config)} if client is OPENAI else {}))
     opened = info.id in context.openers or bool(setting_for(context.config, info.id, "open_think"))
-    decoder = context.dialect.Decoder(wired, opened=opened)
-    keep = Witness(context, info.id, decoder)
+    decoder = Witness(context, info.id, target.Decoder(wired, opened=opened))
     shape = event_filter(context.config, call)
     if not call.stream:
-        return whole_answer(reply, keep, encoder, shape, context.log, request.started)
-    pipe = Pipe(keep, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact)
-    return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=peek(reply, pipe, scope))
+        return whole_answer(await reply.read(), decoder, encoder, shape, context.log, request.started)
+    pipe = Pipe(decoder, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact)
+    return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=await peek(reply, pipe, context.log.tap))
 
 
 class Witness:
@@ -5945,28 +5873,25 @@ def as_continuation(call: ChatCall) -> ChatCall:
                          messages=(), tools=())
 
 
-def for_ollama(call: ChatCall, info: ModelInfo, scope: Scope) -> ChatCall:
+async def for_ollama(call: ChatCall, info: ModelInfo, config: Config) -> ChatCall:
     """What an Ollama needs that OpenAI clients do not say: thinking for its models, pictures as bytes."""
-    config = scope.context.config
     if call.think is None and thinks_always(config, info.id):
         call = call._replace(think=True)
-    messages = []
-    for message in call.messages:
+    messages = list(call.messages)
+    for at, message in enumerate(messages):
         if any(image.url for image in message.images):
-            message = message._replace(images=tuple(
-                fetch_image(image.url, config) if image.url else image for image in message.images))
-        messages.append(message)
+            images = [await work(fetch_image, image.url, config) if image.url else image for image in message.images]
+            messages[at] = message._replace(images=tuple(images))
     return call._replace(messages=tuple(messages))
 
 
-def peek(reply: Reply, pipe: Pipe, scope: Scope) -> bytes:
+async def peek(reply: Reply, pipe: Pipe, tap: Optional[Callable]) -> bytes:
     """Reads until the first event is known, so that an early failure still is an HTTP status.
 
     Returns the client bytes made so far.  Raises what broke.
     """
-    tap = scope.context.log.tap
     while True:
-        data = reply.recv()
+        data = await reply.recv()
         if data and tap is not None:
             tap("Target chunk", data)
         out = pipe.feed(data) if data else pipe.close()
@@ -5978,13 +5903,12 @@ def peek(reply: Reply, pipe: Pipe, scope: Scope) -> bytes:
             raise StreamTruncated("upstream sent an empty response")
 
 
-def whole_answer(reply: Reply, decoder: "Witness", encoder: Any, shape: Optional[Callable], log: Log,
+def whole_answer(data: bytes, decoder: "Witness", encoder: Any, shape: Optional[Callable], log: Log,
                  started: int) -> Response:
     """stream:false, whatever the target sent: one document, or a stream all the same."""
     def took() -> str:
         return f"(took {(time.monotonic_ns() - started) / 1e6:.0f}ms)"
 
-    data = reply.read()
     if log.debugging:
         log.debug(f"Target response: {data.decode('utf-8', 'replace')} {took()}")
     try:
@@ -6001,29 +5925,30 @@ def whole_answer(reply: Reply, decoder: "Witness", encoder: Any, shape: Optional
     return response
 
 
-def resolve_as(context: Context, name: str, wording: str) -> ModelInfo:
-    """Catalogue.resolve with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
+async def find_model_as(context: Context, name: str, wording: str) -> ModelInfo:
+    """Context.find_model with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
     try:
-        return context.catalogue.resolve(name)
+        return await context.find_model(name)
     except BadRequest as error:
         if error.status != 404:
             raise
         raise BadRequest(wording.format(name=name), 404, code="model_not_found") from None
 
 
-def embed(request: Request, scope: Scope) -> Response:
+async def embed(request: Request, scope: Scope) -> Response:
     """POST /api/embed, /api/embeddings, /v1/embeddings."""
     context, client = scope.context, request.route.dialect
-    if client is context.dialect:
-        return relay_native(request, scope) if client is OLLAMA else relay_openai(request, scope)
+    target = DIALECTS[context.known_api or await context.speaks()]
+    if client is target:
+        return await (relay_native if client is OLLAMA else relay_openai)(request, scope)
     call = client.parse_embed(load_request(request.body), request.route.face == "legacy")
-    info = resolve_as(context, call.model, 'model "{name}" not found, try pulling it first')
+    info = await find_model_as(context, call.model, 'model "{name}" not found, try pulling it first')
     if not call.inputs:
         return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
     if call.keep_alive is None:
         call = call._replace(keep_alive=setting_for(context.config, info.id, "keep_alive"))
-    wire = context.dialect.render_embed(call._replace(model=info.id), context.habits())
-    data = send(scope, request, wire, info.id).read()
+    wire = target.render_embed(call._replace(model=info.id), context.habits())
+    data = await (await send(scope, request, target, wire, info.id)).read()
     vectors_apart: list = []
     try:
         floats_needed = call.base64 or _VECTOR_PER_TOKEN.search(data)
@@ -6032,7 +5957,7 @@ def embed(request: Request, scope: Scope) -> Response:
         raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}") from None
     if as_dict(answer).get("error"):
         raise stream_error(answer)
-    vectors, usage = context.dialect.read_embeddings(answer, len(call.inputs))
+    vectors, usage = target.read_embeddings(answer, len(call.inputs))
     took = time.monotonic_ns() - request.started
     body = dump(client.render_embeddings(call, call.model, vectors, usage, took))
     return Response(200, put_back(body, vectors_apart))
@@ -6098,56 +6023,56 @@ def from_memory(context: Context, key: tuple, make: Callable) -> Response:
     return Response(200, known[1])
 
 
-def list_models(request: Request, scope: Scope) -> Response:
+async def list_models(request: Request, scope: Scope) -> Response:
     """GET /api/tags."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
-    models = context.catalogue.models()
+    if (context.known_api or await context.speaks()) == "ollama":
+        return await relay_native(request, scope)
+    models = await context.models()
     return from_memory(context, ("tags",), lambda: {"models": [ollama_tag(info) for info in models]})
 
 
-def list_running(request: Request, scope: Scope) -> Response:
+async def list_running(request: Request, scope: Scope) -> Response:
     """GET /api/ps: what the target reports as loaded; the whole list where it reports no state."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
-    models = context.catalogue.models()
+    if (context.known_api or await context.speaks()) == "ollama":
+        return await relay_native(request, scope)
+    models = await context.models()
     known = any(info.running is not None for info in models)
     now = context.clock.wall()
     return json_response({"models": [ollama_running(info, now) for info in models if info.running or not known]})
 
 
-def show_model(request: Request, scope: Scope) -> Response:
+async def show_model(request: Request, scope: Scope) -> Response:
     """POST /api/show from what is known; it never loads a model."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
+    if await context.speaks() == "ollama":
+        return await relay_native(request, scope)
     name = require_model(load_request(request.body))
     if not name:
         raise BadRequest("model is required")
-    context.catalogue.models()
-    info = resolve_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
+    await context.models()
+    info = await find_model_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
     base = info.alias or info.shown or info.id
     return from_memory(context, ("show", info.id, base), lambda: ollama_show(
         info, re.sub(":latest$", "", base), context.config.default_context))
 
 
-def pull_model(request: Request, scope: Scope) -> Response:
+async def pull_model(request: Request, scope: Scope) -> Response:
     """POST /api/pull: success for a model that is there already, because that is true; else not ours to do."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
+    if await context.speaks() == "ollama":
+        return await relay_native(request, scope)
     body = load_request(request.body)
     name = require_model(body)
     if not name:
         raise BadRequest("invalid model name")
     try:
-        info = context.catalogue.resolve(name)
+        info = await context.find_model(name)
     except BadRequest:
-        return unsupported(request, scope)
+        return await unsupported(request, scope)
     if not info.raw:                    # taken on trust: nobody has seen it in a list
-        return unsupported(request, scope)
+        return await unsupported(request, scope)
     if not field(body, "stream", bool, True):
         return json_response({"status": "success"})
     digest = "sha256:" + digest_of(info.id)
@@ -6163,40 +6088,41 @@ _VERBS = {"create": "creating models", "copy": "copying models", "delete": "dele
           "signout": "signing out"}
 
 
-def unsupported(request: Request, scope: Scope) -> Response:
+async def unsupported(request: Request, scope: Scope) -> Response:
     """What only a real Ollama can do: relayed to one where there is one, else an honest 501."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
+    if await context.speaks() == "ollama":
+        return await relay_native(request, scope)
     if context.fallback is not None:
-        return relay(scope, request, context.fallback, context.fallback.root + request.path,
-                     request.chunks or request.body, key=False)
+        return await relay(scope, request, context.fallback, context.fallback.root + request.path,
+                           request.chunks or request.body, key=False)
     verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
     raise BadRequest(f"{_VERBS.get(verb, request.path)} is not supported by this proxy: the models live on "
                      f"{context.target.url} (--fallback URL sends such requests to a real Ollama)", 501)
 
 
-def list_openai_models(request: Request, scope: Scope) -> Response:
+async def list_openai_models(request: Request, scope: Scope) -> Response:
     """GET /v1/models: the target's own list, unless there is something to hide or to add."""
     context = scope.context
-    if context.api() == "openai" and not context.catalogue.filtered:
-        return relay_openai(request, scope)
-    return json_response({"object": "list", "data": [openai_entry(info, context) for info in context.catalogue.models(False)]})
+    api = await context.speaks()
+    if api == "openai" and not context.catalogue.filtered:
+        return await relay_openai(request, scope)
+    return json_response({"object": "list", "data": [openai_entry(info, api) for info in await context.models(False)]})
 
 
-def show_openai_model(request: Request, scope: Scope) -> Response:
+async def show_openai_model(request: Request, scope: Scope) -> Response:
     """GET /v1/models/{id}, which several servers lack, out of the list."""
     context = scope.context
-    name = urllib.parse.unquote("/".join(request.arguments))
-    info = context.catalogue.resolve(name)
-    return json_response({**openai_entry(info, context), "id": name if context.api() == "ollama" else info.alias or info.id})
+    api, name = await context.speaks(), urllib.parse.unquote("/".join(request.arguments))
+    info = await context.find_model(name)
+    return json_response({**openai_entry(info, api), "id": name if api == "ollama" else info.alias or info.id})
 
 
-def openai_entry(info: ModelInfo, context: Context) -> dict:
+def openai_entry(info: ModelInfo, api: str) -> dict:
     """A list entry in OpenAI's form: the target's own where it speaks OpenAI."""
-    if context.api() == "openai" and info.raw:
+    if api == "openai" and info.raw:
         return {**info.raw, "id": info.alias or info.id}
-    return openai_model(info if context.api() == "ollama" else info._replace(shown=info.alias or info.id))
+    return openai_model(info if api == "ollama" else info._replace(shown=info.alias or info.id))
 
 
 # -- relays: same dialect on both sides
@@ -6221,8 +6147,8 @@ def answer_headers(reply: Reply) -> list:
             if name not in _ANSWER_HEADERS_DROPPED and name not in listed and not name.startswith("access-control-")]
 
 
-def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, key: bool = True,
-          heal: Optional[Callable] = None) -> Response:
+async def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, key: bool = True,
+                heal: Optional[Callable] = None) -> Response:
     """One request passed on and its answer passed back, streams byte for byte.
 
     Without `key` the target is a stranger to our secrets.  `heal(error)` may give another body for one
@@ -6236,10 +6162,10 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         if context.log.debugging and isinstance(body, bytes):
             context.log.debug(f"{request.method} {target.scheme}://{target.authority}{whole} - Request: "
                               f"{body.decode('utf-8', 'replace')}")
-        reply = scope.open(target, request.method, whole, headers + client_headers(request), body)
+        reply = await scope.open(target, request.method, whole, headers + client_headers(request), body)
         if reply.status < 400:
             break
-        error = refusal(reply)
+        error = await refusal(reply)
         again = heal(error) if heal is not None and error.status in (400, 422) else None
         if again is None:
             context.log.debug(f"Target response: {error.status} {error.message}")
@@ -6252,7 +6178,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     length = reply.headers.get("content-length")
     counted = int(length) if length is not None and "content-encoding" not in reply.headers else None
     if request.method == "HEAD" or reply.body.done or (counted is not None and counted <= 4 * READ_SIZE):
-        data = reply.read()
+        data = await reply.read()
         if context.log.debugging:
             took = (time.monotonic_ns() - request.started) // 1_000_000
             context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {took}ms)")
@@ -6288,24 +6214,24 @@ _TOP_MODEL = re.compile(rb'"model"\s*:')
 _NAMING = ("model", "name", "source", "from")
 
 
-def relay_openai(request: Request, scope: Scope) -> Response:
+async def relay_openai(request: Request, scope: Scope) -> Response:
     """/v1/* between an OpenAI client and a target that speaks it: only the model's name and the key change."""
     context = scope.context
-    native = context.api() == "ollama"
+    native = (context.known_api or await context.speaks()) == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     data, body = request.body, None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if data and media_type == "multipart/form-data":
         found = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', data)
         if context.catalogue.filtered:
-            context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
+            await context.find_model(found[1].decode("utf-8", "replace") if found else "")
     elif data and (request.method == "POST" or context.catalogue.filtered):
         body = load_request(data)
         if context.catalogue.filtered:
             data = unambiguous(data, body)
         name = body.get("model")
         if isinstance(name, str) and name:
-            info = context.catalogue.resolve(name)
+            info = await context.find_model(name)
             if info.id != name:
                 data = with_model(data, body, info.id)
                 body["model"] = info.id
@@ -6324,15 +6250,15 @@ def relay_openai(request: Request, scope: Scope) -> Response:
                 found = _MESSAGE_DROPS[key](body, key) or found
         return dump(body) if found else None
 
-    return relay(scope, request, context.target, path, data, heal=heal)
+    return await relay(scope, request, context.target, path, data, heal=heal)
 
 
-def relay_native(request: Request, scope: Scope) -> Response:
+async def relay_native(request: Request, scope: Scope) -> Response:
     """/api/* between an Ollama client and an Ollama: as it is, but for names, think and --set."""
     context = scope.context
     path = context.path(True, request.path)
     if request.route.operation in (list_models, list_running) and context.catalogue.filtered:
-        return filtered_native(request, scope, path)
+        return await work(filtered_native, context, request.path)
     injected = False
     data, body = request.chunks or request.body, None
     if isinstance(data, bytes) and data and not request.route.face and context.catalogue.filtered:
@@ -6343,7 +6269,7 @@ def relay_native(request: Request, scope: Scope) -> Response:
                 raise model_not_found(named[key])
     if isinstance(data, bytes) and data and request.route.face:
         body = load_request(data)
-        data, injected = native_body(context, request, body)
+        data, injected = await native_body(context, request, body)
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
@@ -6351,10 +6277,10 @@ def relay_native(request: Request, scope: Scope) -> Response:
             return dump(body)
         return None
 
-    return relay(scope, request, context.target, path, data, heal=heal)
+    return await relay(scope, request, context.target, path, data, heal=heal)
 
 
-def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
+async def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
     """A native request with names resolved and defaults filled in -> (body, whether think was injected);
     untouched bytes when there is nothing to do.  Changes `body`, too."""
     config = context.config
@@ -6362,7 +6288,7 @@ def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, 
     before = dict(body)
     name = require_model(body)
     try:
-        info = context.catalogue.resolve(name) if name else None
+        info = await context.find_model(name) if name else None
     except BadRequest:
         if context.catalogue.filtered:
             raise
@@ -6386,10 +6312,9 @@ def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, 
     return (data if body == before else dump(body)), injected
 
 
-def filtered_native(request: Request, scope: Scope, path: str) -> Response:
-    """A native list without the hidden models and with the aliases."""
-    context = scope.context
-    status, _, payload = context.fetch(True, request.path, None)
+def filtered_native(context: Context, path: str) -> Response:
+    """A native list without the hidden models and with the aliases; it blocks."""
+    status, _, payload = context.fetch(True, path, None)
     if status >= 400 or not isinstance(as_dict(payload).get("models"), list):
         raise UpstreamError(f"{context.target.url} gave no model list (HTTP {status})")
     entries = [entry for entry in payload["models"] if isinstance(entry, dict)]
@@ -6528,7 +6453,7 @@ def clean_path(path: str) -> str:
     return "/v1" + path if path in _ROOT_ALIASES else path
 
 
-def match(request: Request, context: Context) -> Route:
+async def match(request: Request, context: Context) -> Route:
     """The row for a request.  Raises BadRequest 404, or 405 with Allow."""
     method = "GET" if request.method == "HEAD" else request.method
     route = ROUTES.get((method, request.path))
@@ -6549,7 +6474,7 @@ def match(request: Request, context: Context) -> Route:
     if request.path.startswith("/api/blobs/"):
         raise BadRequest("method not allowed", 405, [("Allow", "HEAD, POST, OPTIONS")])
     if request.path.startswith("/api/") and request.method in RELAYED_METHODS \
-            and (context.fallback is not None or context.api() == "ollama"):
+            and (context.fallback is not None or await context.speaks() == "ollama"):
         return Route(unsupported)
     raise BadRequest(f"{one_line(request.path, 100)} not found", 404)
 
@@ -6705,59 +6630,24 @@ def preflight_headers(request: Request) -> list:
     return headers
 
 
-class Crew:
-    """Threads that wait for the next connection instead of dying: a new one costs more than the request."""
-
-    _IDLE = 16
-
-    def __init__(self) -> None:
-        self._idle: list = []
-        self._lock = threading.Lock()
-
-    def run(self, work: Callable, *arguments: Any) -> None:
-        """Calls `work(*arguments)` in a thread of its own."""
-        with self._lock:
-            worker = self._idle.pop() if self._idle else None
-        if worker is None:
-            bell = threading.Lock()
-            bell.acquire()
-            box = [work, arguments]
-            threading.Thread(target=self._work, args=(box, bell), daemon=True).start()
-            return
-        worker[0][:] = [work, arguments]
-        worker[1].release()
-
-    def _work(self, box: list, bell: Any) -> None:
-        while True:
-            work, arguments = box
-            box[:] = [None, ()]
-            try:
-                work(*arguments)
-            except Exception as error:      # noqa: BLE001  the boundary of this thread
-                complain(error)
-            work = arguments = None
-            with self._lock:
-                if len(self._idle) >= self._IDLE:
-                    return
-                self._idle.append((box, bell))
-            bell.acquire()
-
-
 class ProxyServer(http.server.ThreadingHTTPServer):
-    """Accepts connections, counts them, and hands each to a thread of the crew."""
+    """Accepts connections, counts them, and gives each a task of the loop.
+
+    serve_forever() runs the loop in the caller's thread until shutdown().
+    """
 
     request_queue_size = 512            # hundreds of clients connect at once when an editor starts
-    daemon_threads = True
     allow_reuse_address = os.name == "posix"    # on Windows it would let two servers share the port
 
     def __init__(self, context: Context, address: tuple[str, int], listener: Optional[socket.socket] = None) -> None:
         self.context = context
-        self.crew = Crew()
+        self.loop = context.loop
         self.draining = False
-        self._count = threading.Condition()
-        self._connections = 0
-        self._calls = 0
-        self._idle: set = set()
+        self.connections = 0
+        self.calls = 0                  # requests being answered
+        self.idle: set = set()          # kept connections without a request
+        self._ended = threading.Event()
+        self._all_answered = threading.Event()
         host, port = address
         if ":" in host or (host == "" and socket.has_dualstack_ipv6()):
             self.address_family = socket.AF_INET6
@@ -6778,7 +6668,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.own_names = frozenset(("localhost", socket.gethostname().lower()))
         self.head_cache = (0, b"")
         self._hosts: dict = {}
-        self._tls = server_tls(context.config)
+        self.tls = server_tls(context.config)
 
     def server_bind(self) -> None:
         """Without the name look-up of HTTPServer.server_bind, which may wait for a DNS server."""
@@ -6788,60 +6678,67 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         http.server.socketserver.TCPServer.server_bind(self)
 
-    def get_request(self) -> tuple:
-        """accept(); out of descriptors the listener stays readable, so do not spin."""
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Runs the loop; `poll_interval` is the base class's, and not needed."""
+        self.loop.spawn(self._accept())
         try:
-            return self.socket.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            time.sleep(0.05)
-            raise
+            self.loop.run()
+        finally:
+            self._ended.set()
+
+    def shutdown(self) -> None:
+        """Stops the loop, from another thread."""
+        self.loop.stop()
+        self._ended.wait()
+
+    async def _accept(self) -> None:
+        while not self.draining:
+            try:
+                connection, address = self.get_request()
+            except BlockingIOError:
+                try:
+                    await wait(self.socket, READ, 1e9)
+                except OSError:
+                    return
+            except OSError:
+                if self.draining:
+                    return
+                await pause(0.05)       # out of descriptors the listener stays ready: do not spin
+            else:
+                self.process_request(connection, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._count:
-            full = self._connections >= self.context.config.max_connections
-            if not full:
-                self._connections += 1
-        if full:
+        """A connection begins."""
+        request.setblocking(False)
+        if self.connections >= self.context.config.max_connections:
             self._turn_away(request)
             return
-        try:
-            self.crew.run(self._serve, request, client_address)
-        except RuntimeError:            # no more threads
-            self.ended(request)
+        self.connections += 1
+        if self.tls is not None:
+            try:
+                request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            except OSError:
+                self.ended(request)
+                return
+        self.loop.spawn(ProxyHandler(request, client_address, self).run(), request)
 
     def _turn_away(self, request: Any) -> None:
         """503 for one client too many; never waits for it."""
         body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
         try:
-            request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                          b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         except OSError:
             pass
         close_quietly(request)
 
-    def _serve(self, request: Any, client_address: Any) -> None:
-        handed_over = False
-        try:
-            if self._tls is not None:
-                request.settimeout(self.context.config.client_timeout)
-                request = self._tls.wrap_socket(request, server_side=True)
-            handed_over = ProxyHandler(request, client_address, self).run()
-        except OSError:
-            pass                        # a handshake that failed, a client that left
-        finally:
-            if not handed_over:
-                self.ended(request)
-
     def ended(self, request: Any) -> None:
         """A connection is over."""
-        self._idle.discard(request)
+        self.idle.discard(request)
+        self.loop.forget(request)
         shut(request)
         close_quietly(request)
-        with self._count:
-            self._connections -= 1
+        self.connections -= 1
 
     def knows_host(self, host: str) -> bool:
         """host_allowed(), remembered for the few names that clients use."""
@@ -6852,34 +6749,28 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             known = self._hosts[host] = host_allowed(host, self.own_names)
         return known
 
-    # -- bookkeeping for the end of the process
-
-    def call_began(self, sock: Any) -> None:
-        self._idle.discard(sock)
-        with self._count:
-            self._calls += 1
+    # -- the end of the process
 
     def call_ended(self) -> None:
-        with self._count:
-            self._calls -= 1
-            if self.draining:
-                self._count.notify_all()
-
-    def waits(self, sock: Any) -> None:
-        """A kept connection without a request."""
-        self._idle.add(sock)
-        if self.draining:
-            shut(sock)
+        """A request was answered."""
+        self.calls -= 1
+        if self.draining and self.calls <= 0:
+            self._all_answered.set()
 
     def drain(self, seconds: float) -> None:
-        """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`."""
-        self.draining = True
+        """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`, ends the loop."""
+        self.loop.post(self._close_door)
+        self._all_answered.wait(seconds)
         self.shutdown()
+
+    def _close_door(self) -> None:
+        self.draining = True
+        self.loop.forget(self.socket)
         self.socket.close()
-        for sock in list(self._idle):
+        for sock in list(self.idle):
             shut(sock)
-        with self._count:
-            self._count.wait_for(lambda: self._calls <= 0, seconds)
+        if self.calls <= 0:
+            self._all_answered.set()
 
 
 def server_tls(config: Config) -> Any:
@@ -6905,85 +6796,96 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Plain sockets instead of files: one read for a head, one write for an answer."""
         self.connection = self.request
         self.context = self.server.context
+        self.patience = self.context.config.client_timeout
         self._buffer = b""
         self._unread = False
+        self._cors: list = []
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        set_patience(self.connection, self.context.config.client_timeout)
 
     def finish(self) -> None:
         """Nothing to flush."""
 
     def handle(self) -> None:
-        """Nothing yet: the server calls run(), because it needs the answer."""
+        """Nothing yet: the server gives run() to the loop."""
 
-    def run(self) -> bool:
-        """Requests, one after another, until one side has enough.
-
-        True when the connection was handed to the pump with a stream: then it is no longer the caller's,
-        and may be somebody else's already.
-        """
+    async def run(self) -> None:
+        """Requests, one after another, until one side has enough."""
         try:
-            again: Optional[bool] = True
-            while again:
-                again = self._serve_one()
-            return again is None
-        except OSError:
-            return False                # the client is gone; whoever cared has logged it
+            if self.server.tls is not None:
+                await self._shake_hands()
+            while await self._serve_one():
+                pass
+        except (OSError, Expired, ClientGone):
+            pass                        # the client is gone; whoever cared has logged it
+        finally:
+            self.server.ended(self.connection)
 
-    def _serve_one(self) -> Optional[bool]:
-        """One request from head to access line; returns whether another may follow, None when handed over."""
+    async def _shake_hands(self) -> None:
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                return self.connection.do_handshake()
+            except OSError as error:
+                if not unready(error):
+                    raise
+                await wait(self.connection, unready(error), until - time.monotonic())
+
+    async def _serve_one(self) -> bool:
+        """One request from head to access line; returns whether another may follow."""
         try:
-            head = self._read_head()
+            head = await self._read_head()
             if head is None:
                 return False
             request = parse_request_head(head)
-        except ClientGone:
-            return False
         except BadRequest as error:
-            return self._refuse_framing(error)
-        self.server.call_began(self.connection)
-        scope = Scope(self.context, self.connection)
-        self._cors: list = []
+            return await self._refuse_framing(error)
+        self.server.calls += 1
+        scope = Scope(self.context)
+        self._cors = []
         self._unread = bool(request.length or request.chunked)
         try:
             try:
-                response = self._respond(request, scope)
-            except ClientGone as gone:
-                return self._done(request, gone.status, 0, False)
+                response = await self._respond(request, scope)
+            except ClientGone:
+                raise
             except ProxyError as error:
                 if not request.path.startswith("/v1"):
                     error = blame_our_key(self.context, error, request)
                 response = self._error_response(request, error)
-            except OSError:
-                return self._done(request, ClientGone.status, 0, False)
+            except (OSError, Expired):
+                raise ClientGone("client closed the connection") from None
             except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
                 complain(error)
                 response = self._error_response(request, ProxyError("internal error"))
             try:
                 try:
-                    return self._send(request, response, scope)
-                except ProxyError as error:     # a relayed answer that breaks before a byte of it was sent
-                    return self._send(request, self._error_response(request, error), scope)
-            except OSError:
-                return self._done(request, ClientGone.status, 0, False)
+                    return await self._send(request, response)
+                except UpstreamError as error:      # a relayed answer that breaks before a byte of it was sent
+                    return await self._send(request, self._error_response(request, error))
+            except (OSError, Expired):
+                raise ClientGone("client closed the connection") from None
+        except ClientGone as gone:
+            return await self._done(request, gone.status, self._sent, False)
         finally:
             scope.close()
 
-    def _respond(self, request: Request, scope: Scope) -> Response:
+    async def _respond(self, request: Request, scope: Scope) -> Response:
         """framing was checked -> Host and Origin -> preflight -> key -> route -> body -> operation."""
+        self._sent = 0
         self._check_origin(request)
         if request.method == "OPTIONS":
             return Response(204, headers=preflight_headers(request))
         self._authorize(request)
-        route = request.route = match(request, self.context)
-        if route.streams and (self.context.fallback is not None or self.context.api() == "ollama"):
-            request.chunks = self._body_chunks(request, None)
-        else:
-            request.body = self._read_body(request)
+        route = request.route = ROUTES.get((request.method, request.path)) or await match(request, self.context)
+        if route.streams and (self.context.fallback is not None or await self.context.speaks() == "ollama"):
+            request.chunks = BodyReader(self, request, None).read
+        elif self._unread:
+            request.body = await self._read_body(request)
         if self.context.log.debugging:
             body = f" - Body: {request.body.decode('utf-8', 'replace')}" if request.body else ""
             self.context.log.debug(f"{request.method} {request.path}{body}")
-        return route.operation(request, scope)
+        response = route.operation(request, scope)
+        return response if isinstance(response, Response) else await response
 
     # -- who may talk
 
@@ -7015,16 +6917,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # -- reading
 
-    def _receive(self) -> bytes:
-        """More bytes of the client.  Raises BadRequest 408 when it is too slow."""
-        try:
-            return self.connection.recv(65536)
-        except OSError as error:
-            if is_timeout(error):
-                raise BadRequest("the client took too long to send its request", 408, close=True) from None
-            raise ClientGone("client closed the connection") from None
-
-    def _read_head(self) -> Optional[bytes]:
+    async def _read_head(self) -> Optional[bytes]:
         """The bytes of one request head, without its empty line; None when the client has left."""
         data = self._buffer
         deadline = 0.0
@@ -7045,85 +6938,52 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if data[:1] == b"\x16":
                     raise BadRequest("this is plain HTTP, not TLS", close=True)
                 now = time.monotonic()
-                deadline = deadline or now + self.context.config.client_timeout
-                if now > deadline:
-                    raise BadRequest("the client took too long to send its request", 408, close=True)
-                piece = self._receive()
+                deadline = deadline or now + self.patience
+                piece = await self.receive(deadline - now)
             else:
-                self.server.waits(self.connection)
-                try:
-                    piece = self.connection.recv(65536)
-                except OSError:
-                    piece = b""                 # silent for too long, or gone
+                piece = await self._next_request()
             if not piece:
                 self._buffer = b""
                 return None
-            data += piece
+            data = data + piece if data else piece
 
-    def _body_chunks(self, request: Request, limit: Optional[int]) -> Iterable[bytes]:
-        """The body as it arrives, framing off.  Raises BadRequest 400, 408 or 413."""
-        config = self.context.config
-        started = time.monotonic()
-        received = 0
-        decoder = ChunkedDecoder(limit if limit is not None else 1 << 62) if request.chunked else None
-        left = request.length or 0
-        if limit is not None and left > limit:
-            raise BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413, close=True)
-        if (left or decoder) and request.headers.get("expect", "").lower() == "100-continue" and request.version \
-                and len(self._buffer) < max(left, 1):
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while left or decoder is not None:
-            if self._buffer:
-                data, self._buffer = self._buffer, b""
-            else:
-                data = self._receive()
-                if not data:
-                    raise ClientGone("client left while sending its request")
-            received += len(data)
-            if time.monotonic() - started > config.client_timeout + received / BODY_BYTES_PER_SECOND:
-                raise BadRequest("the client took too long to send its request", 408, close=True)
-            if decoder is None:
-                if len(data) > left:
-                    data, self._buffer = data[:left], data[left:]
-                left -= len(data)
-                self._unread = left > 0
-                yield data
-                continue
-            try:
-                data = decoder.feed(data)
-            except BodyTooLarge:
-                raise BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413,
-                                 close=True) from None
-            except ValueError as error:
-                raise BadRequest(f"malformed chunked body: {error}", close=True) from None
-            if decoder.done:
-                self._buffer, self._unread = decoder.rest, False
-                decoder = None
-            if data:
-                yield data
-
-    def _read_body(self, request: Request) -> bytes:
-        """The whole body, unpacked.  Raises BadRequest 400, 408, 413 or 415."""
-        if not self._unread:
+    async def _next_request(self) -> bytes:
+        """The first bytes of another request, b"" when the client has left or was silent for too long."""
+        server, sock = self.server, self.connection
+        if server.draining:
             return b""
-        limit = self.context.config.max_body
-        body = b"".join(self._body_chunks(request, limit))
-        coding = request.headers.get("content-encoding", "identity").strip().lower()
-        if coding in ("", "identity"):
-            return body
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest(f"request bodies compressed as {one_line(coding, 40)} are not understood", 415)
-        inflate = zlib.decompressobj(47)
-        limit = min(limit, max(1 << 20, 50 * len(body)))        # text shrinks tenfold, bombs a thousandfold
+        server.idle.add(sock)
         try:
-            body = inflate.decompress(body, limit + 1)
-        except zlib.error:
-            raise BadRequest("the compressed request body is broken") from None
-        if len(body) > limit:
-            raise BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413)
-        if not inflate.eof:
-            raise BadRequest("the compressed request body is broken")
-        return body
+            return await receive(sock, self.patience)
+        except (OSError, Expired):
+            return b""
+        finally:
+            server.idle.discard(sock)
+
+    async def receive(self, patience: float) -> bytes:
+        """More bytes of a request.  Raises BadRequest 408 when the client is too slow, or ClientGone."""
+        try:
+            return await receive(self.connection, patience)
+        except Expired:
+            raise BadRequest("the client took too long to send its request", 408, close=True) from None
+        except OSError:
+            raise ClientGone("client closed the connection") from None
+
+    def take_buffer(self) -> bytes:
+        """Bytes that arrived together with what was read last."""
+        data, self._buffer = self._buffer, b""
+        return data
+
+    def put_back(self, data: bytes) -> None:
+        """The body has ended; `data` came after it."""
+        self._buffer, self._unread = data, False
+
+    async def _read_body(self, request: Request) -> bytes:
+        """The whole body, unpacked.  Raises BadRequest 400, 408, 413 or 415."""
+        limit = self.context.config.max_body
+        body = await BodyReader(self, request, limit).read_all()
+        coding = request.headers.get("content-encoding")
+        return unpack_body(body, coding.strip().lower(), limit) if coding else body
 
     # -- writing
 
@@ -7172,107 +7032,203 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         head = "\r\n".join([f"HTTP/1.1 {response.status} {reason}"] + lines)
         return head.encode("latin-1", "replace") + b"\r\n" + date[1]
 
-    def _send(self, request: Request, response: Response, scope: Scope) -> Optional[bool]:
-        """Writes the answer, or hands it to the pump; returns as _serve_one does."""
+    async def _send(self, request: Request, response: Response) -> bool:
+        """Writes the answer; returns whether another request may follow."""
         keep = request.keep and not self._unread and not self.server.draining
-        if response.pipe is None or response.pipe.done:
-            scope.release()
-        if response.pipe is None:
-            body = b"" if request.method == "HEAD" or response.status == 204 else response.body
-            self.connection.sendall(self._head(request, response, len(response.body), keep) + body)
-            return self._done(request, response.status, len(body), keep)
         pipe = response.pipe
+        if pipe is None:
+            body = b"" if request.method == "HEAD" or response.status == 204 else response.body
+            await send_all(self.connection, self._head(request, response, len(response.body), keep) + body, self.patience)
+            return await self._done(request, response.status, len(body), keep)
         keep = keep and (pipe.length is not None or request.version == 1)
-        first = self._head(request, response, pipe.length, keep) + response.first
-        size = len(response.first)
-        if not pipe.done:
-            return self._stream(request, response, scope, first, keep)
-        self.connection.sendall(first)
-        return self._done(request, response.status, size - pipe.framing, keep and pipe.clean, pipe.failure)
-
-    def _stream(self, request: Request, response: Response, scope: Scope, first: bytes, keep: bool) -> Optional[bool]:
-        """The rest of a stream belongs to the pump; this thread is free."""
-        config, reply = self.context.config, response.reply
-        tap = self.context.log.tap
-        rest = reply.take_rest()
-        body = b""
-        if rest:                        # a relay has not looked at what came with the head
-            body = reply.body.feed(rest)
-            if body and tap:
-                tap("Target chunk", body)
-            if body:
-                first += response.pipe.feed(body)
-            if reply.body.broken is not None:
-                first += response.pipe.fail(reply.body.broken)
-            elif reply.body.done:
-                first += response.pipe.close()
-        head = first.index(b"\r\n\r\n") + 4
-        self.connection.sendall(first)
-        if response.pipe.done:
-            return self._done(request, response.status, len(first) - head - response.pipe.framing,
-                              keep and response.pipe.clean, response.pipe.failure)
-        stream = Stream(self.connection, reply, response.pipe, (config.timeout, config.client_timeout),
-                        lambda ended: self.server.crew.run(self._streamed, request, response.status, keep, ended), tap)
-        stream.sent = len(first) - head
-        scope.hand_over(reply)
-        self.context.pump.adopt(stream)
-        return None
-
-    def _streamed(self, request: Request, status: int, keep: bool, stream: Stream) -> None:
-        """The pump is done with the stream: the connection is ours again."""
-        gone = isinstance(stream.outcome, ClientGone)
-        handed_over = False
+        rest = response.reply.take_rest()       # a relay has not looked at what came with the head
+        first = response.first + (self._translate(response.reply, pipe, rest, bool(response.first)) if rest else b"")
+        head = self._head(request, response, pipe.length, keep)
         try:
-            if not gone and stream.pipe.clean and keep and not self.server.draining:
-                self.connection.setblocking(True)
-                set_patience(self.connection, self.context.config.client_timeout)
-            if self._done(request, ClientGone.status if gone else status, max(0, stream.sent - stream.pipe.framing),
-                          keep and not gone and stream.pipe.clean and not self.server.draining, stream.outcome):
-                handed_over = self.run()
-        except OSError:
-            pass
+            await self._stream(response.reply, pipe, head + first)
         finally:
-            if not handed_over:
-                self.server.ended(self.connection)
+            self._sent = max(0, self._sent - len(head) - pipe.framing)
+        return await self._done(request, response.status, self._sent, keep and pipe.clean, pipe.failure)
 
-    def _done(self, request: Request, status: int, size: int, keep: bool, failure: Optional[Exception] = None) -> bool:
+    async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
+        """One read, all of it translated, one write.  A client that does not read stops the reading."""
+        client, sock, loop = self.connection, reply.sock, self.server.loop
+        timeout = self.context.config.timeout
+        while True:
+            if out:
+                try:
+                    size = client.send(out)
+                except OSError as error:
+                    if not unready(error):
+                        raise
+                    size = 0
+                self._sent += size
+                if size < len(out):
+                    await send_all(client, memoryview(out)[size:], self.patience)
+                    self._sent += len(out) - size
+            if pipe.done:
+                reply.ending = pipe.failure is None and pipe.clean
+                return
+            try:
+                if not holds_bytes(sock):
+                    await wait(sock, READ, timeout)
+                size = sock.recv_into(loop.buffer)
+            except Expired:
+                out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))
+            except OSError as error:
+                out = b"" if unready(error) else pipe.fail(
+                    StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
+            else:
+                out = self._translate(reply, pipe, bytes(loop.view[:size]))
+
+    def _translate(self, reply: Reply, pipe: Any, data: bytes, begun: bool = True) -> bytes:
+        """Framed bytes of the upstream, b"" at its end -> bytes for the client.
+
+        Raises what broke when the answer has not `begun`: it can still be an HTTP status.
+        """
+        body, tap = reply.body, self.context.log.tap
+        try:
+            if data:
+                data = body.feed(data)
+                if tap is not None and data:
+                    tap("Target chunk", data)
+                out = pipe.feed(data) if data else b""
+            else:
+                body.close()
+                out = b""
+            if body.broken is not None:
+                out += pipe.fail(body.broken)
+            elif body.done and not pipe.done:
+                out += pipe.close()
+            return out
+        except ProxyError as error:
+            if not begun:
+                raise
+            return pipe.fail(error)
+
+    async def _done(self, request: Request, status: int, size: int, keep: bool,
+                    failure: Optional[Exception] = None) -> bool:
         """The access line, and what becomes of the connection."""
         log = self.context.log
-        if failure is not None and not isinstance(failure, ClientGone):
+        if failure is not None:
             log.say(f"stream of {request.method} {request.path} broke: {failure}")
         milliseconds = (time.monotonic_ns() - request.started) / 1e6
         log.access(self.client_address[0], f"{request.method} {request.target} HTTP/1.{request.version}", status, size,
                    milliseconds)
         self.server.call_ended()
         if not keep and self._unread and status != ClientGone.status:
-            self._linger()
+            await self._linger()
         return keep
 
-    def _refuse_framing(self, error: BadRequest) -> bool:
+    async def _refuse_framing(self, error: BadRequest) -> bool:
         """A head that cannot be trusted: an answer, and the end of the connection."""
-        self._cors = []
-        self._unread = True
-        self.server.call_began(self.connection)
+        self._cors, self._unread = [], True
+        self.server.calls += 1
         request = Request("BAD", "/", 1, {})
         request.keep = False
         response = self._error_response(None, error)
         try:
-            self.connection.sendall(self._head(request, response, len(response.body), False) + response.body)
-        except OSError:
+            await send_all(self.connection, self._head(request, response, len(response.body), False) + response.body,
+                           self.patience)
+        except (OSError, Expired):
             pass
-        return self._done(request, error.status, len(response.body), False)
+        return await self._done(request, error.status, len(response.body), False)
 
-    def _linger(self) -> None:
+    async def _linger(self) -> None:
         """Reads and drops what the client still sends: closing at once would reset the connection, and
         the client would never see why."""
-        sock, until = self.connection, time.monotonic() + LINGER
-        try:
-            socket.socket.shutdown(sock, socket.SHUT_WR)
-            set_patience(sock, LINGER)
-            while time.monotonic() < until and socket.socket.recv(sock, 65536):
-                pass
-        except OSError:
+        until = time.monotonic() + LINGER
+        socket.socket.shutdown(self.connection, socket.SHUT_WR)
+        while time.monotonic() < until and await receive(self.connection, until - time.monotonic()):
             pass
+
+
+class BodyReader:
+    """The body of one request as it arrives, framing off.  Raises BadRequest 400, 408 or 413."""
+
+    def __init__(self, handler: ProxyHandler, request: Request, limit: Optional[int]) -> None:
+        self._handler, self._limit = handler, limit
+        self._decoder = ChunkedDecoder(limit if limit is not None else 1 << 62) if request.chunked else None
+        self._left = request.length or 0
+        self._received = 0
+        self._started = time.monotonic()
+        self._expects = request.version == 1 and request.headers.get("expect", "").lower() == "100-continue"
+
+    async def read_all(self) -> bytes:
+        """The whole body."""
+        piece = await self.read()
+        if not self._left and self._decoder is None:
+            return piece                # it came at once, as nearly all do
+        pieces = []
+        while piece:
+            pieces.append(piece)
+            piece = await self.read()
+        return b"".join(pieces)
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end."""
+        while self._left or self._decoder is not None:
+            data = self._unframe(self._handler.take_buffer() or await self._receive())
+            if data:
+                return data
+        return b""
+
+    async def _receive(self) -> bytes:
+        handler = self._handler
+        if self._limit is not None and self._left > self._limit:
+            raise self._too_large()
+        if self._expects:
+            self._expects = False
+            await send_all(handler.connection, b"HTTP/1.1 100 Continue\r\n\r\n", handler.patience)
+        data = await handler.receive(handler.patience)
+        if not data:
+            raise ClientGone("client left while sending its request")
+        self._received += len(data)
+        if time.monotonic() - self._started > handler.patience + self._received / BODY_BYTES_PER_SECOND:
+            raise BadRequest("the client took too long to send its request", 408, close=True)
+        return data
+
+    def _unframe(self, data: bytes) -> bytes:
+        decoder = self._decoder
+        if decoder is None:
+            if self._limit is not None and self._left > self._limit:
+                raise self._too_large()
+            content, self._left = data[:self._left], max(0, self._left - len(data))
+            if not self._left:
+                self._handler.put_back(data[len(content):])
+            return content
+        try:
+            content = decoder.feed(data)
+        except BodyTooLarge:
+            raise self._too_large() from None
+        except ValueError as error:
+            raise BadRequest(f"malformed chunked body: {error}", close=True) from None
+        if decoder.done:
+            self._handler.put_back(decoder.rest)
+            self._decoder = None
+        return content
+
+    def _too_large(self) -> BadRequest:
+        return BadRequest(f"request body too large: more than {self._limit} bytes (--max-body)", 413, close=True)
+
+
+def unpack_body(body: bytes, coding: str, limit: int) -> bytes:
+    """A request body without its Content-Encoding.  Raises BadRequest 400, 413 or 415."""
+    if coding in ("", "identity"):
+        return body
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadRequest(f"request bodies compressed as {one_line(coding, 40)} are not understood", 415)
+    inflate = zlib.decompressobj(47)
+    limit = min(limit, max(1 << 20, 50 * len(body)))        # text shrinks tenfold, bombs a thousandfold
+    try:
+        body = inflate.decompress(body, limit + 1)
+    except zlib.error:
+        raise BadRequest("the compressed request body is broken") from None
+    if len(body) > limit:
+        raise BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413)
+    if not inflate.eof:
+        raise BadRequest("the compressed request body is broken")
+    return body
 
 # ----------------------------------------------------------------------------
 # Room 16.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
@@ -7471,20 +7427,19 @@ def check(config: Config) -> int:
     print(f"first      {chats[0].id}: context {chats[0].context or 'not told'}, "
           f"{', '.join(chats[0].capabilities)}")
     call = ChatCall(chats[0].id, messages=(Message("user", "Say OK."),), options={"max_tokens": 16})
-    failed = 0
+    dialect, failed = DIALECTS[context.api()], 0
     for stream in (False, True):
         label = "stream" if stream else "chat"
         try:
-            wire = context.dialect.render_chat(call._replace(stream=stream), context.habits())
+            wire = dialect.render_chat(call._replace(stream=stream), context.habits())
             body = dict(wire.body)
             context.healer.apply((target.url, wire.path, call.model), target.preset, body)
-            reply = context.upstream.open(
-                target, "POST", context.path(context.api() == "ollama", wire.path),
-                context.headers() + [("Content-Type", JSON)], dump(body), Cancel())
+            reply = drive(context.upstream.open(target, "POST", context.path(dialect is OLLAMA, wire.path),
+                                                context.headers() + [("Content-Type", JSON)], dump(body)))
             if reply.status >= 300:
-                raise refusal(reply)
-            decoder = context.dialect.Decoder(call)
-            events = decoder.feed(reply.read()) + decoder.close()
+                raise drive(refusal(reply))
+            decoder = dialect.Decoder(call)
+            events = decoder.feed(drive(reply.read())) + decoder.close()
             reply.close()
             if isinstance(events[-1], Failure):
                 raise events[-1].error
@@ -7495,33 +7450,60 @@ def check(config: Config) -> int:
     return failed
 
 
-def serve(server: ProxyServer, quiet: bool = False) -> int:
-    """Runs until SIGINT or SIGTERM; then lets streams end for --grace seconds.  A second signal cuts them."""
-    stop, again = threading.Event(), threading.Event()
+class Stop:
+    """What SIGINT, SIGTERM and SIGHUP ask for: to end well, and the second time to end now."""
 
-    def on_signal(number: int, frame: Any) -> None:
-        (again if stop.is_set() else stop).set()
+    def __init__(self) -> None:
+        self.asked, self.insisted = threading.Event(), threading.Event()
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
+                signal.signal(getattr(signal, name), self._on_signal)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
-            signal.signal(getattr(signal, name), on_signal)
-    server.context.pump.start()
-    threading.Thread(target=server.serve_forever, args=(0.25,), name="accept", daemon=True).start()
+    def _on_signal(self, number: int, frame: Any) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+
+def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False) -> int:
+    """Runs until SIGINT or SIGTERM; then lets streams end for --grace seconds.  A second signal cuts them.
+
+    With `outlive` it returns at once, and a thread goes on until then: the syntax tree of a script, 20 MB,
+    stays in memory until the last line of the script has run.
+    """
+    stop = Stop()
+    threading.Thread(target=server.serve_forever, name="loop", daemon=True).start()
     if not quiet:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
-    while not stop.wait(0.5):
-        pass
-    drained = threading.Event()
 
-    def drain() -> None:
-        server.drain(server.context.config.grace)
-        drained.set()
+    def attend() -> None:
+        if outlive:
+            threading.main_thread().join()
+            give_back_memory()
+        while not stop.asked.wait(0.5):     # without a time-out Windows does not notice Ctrl-C
+            pass
+        drained = threading.Event()
 
-    threading.Thread(target=drain, name="drain", daemon=True).start()
-    while not drained.wait(0.1) and not again.is_set():
-        pass
-    server.context.upstream.close()
+        def drain() -> None:
+            server.drain(server.context.config.grace)
+            drained.set()
+
+        threading.Thread(target=drain, name="drain", daemon=True).start()
+        while not drained.wait(0.1) and not stop.insisted.is_set():
+            pass
+
+    if outlive:
+        threading.Thread(target=attend, name="attend").start()
+    else:
+        attend()
     return 0
+
+
+def give_back_memory() -> None:
+    """Hands freed memory back to the system where the C library keeps it otherwise (glibc)."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass                            # another C library, or none to call: nothing is lost
 
 
 def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
@@ -7538,7 +7520,7 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
 
             threading.Thread(target=follow, daemon=True).start()
-            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), quiet=True))
+            os._exit(serve(ProxyServer(context_for(config), config.address, server.socket), quiet=True))
         children.append(pid)
     status = serve(server)
     for pid in children:
@@ -7555,8 +7537,17 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
     return status
 
 
-def main(argv: Optional[list] = None) -> int:
-    """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly."""
+def context_for(config: Config) -> Context:
+    """The context of a server with a loop of its own; it looks at the clock often enough for every time limit."""
+    shortest = min(config.timeout, config.connect_timeout, config.client_timeout, 4.0)
+    return Context(config, Loop(grain=max(0.02, shortest / 4)))
+
+
+def main(argv: Optional[list] = None, outlive: bool = False) -> int:
+    """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly.
+
+    With `outlive` the server runs on in a thread after that.
+    """
     threading.stack_size(1024 * 1024)   # address space only: JSON of 200 levels needs a tenth of it
     try:
         config = Config.from_args(argv)
@@ -7565,8 +7556,7 @@ def main(argv: Optional[list] = None) -> int:
             config = config._replace(destination=parse_target(demo.url), target_api="openai")
         if config.check:
             return check(config)
-        context = Context(config)
-        server = ProxyServer(context, config.address)
+        server = ProxyServer(context_for(config), config.address)
     except UsageError as error:
         print(f"ollama_proxy: {error}", file=sys.stderr)
         return 2
@@ -7581,8 +7571,8 @@ def main(argv: Optional[list] = None) -> int:
             print("ollama_proxy: --workers needs a POSIX system; running one process", file=sys.stderr)
         else:
             return serve_workers(config, server, config.workers)
-    return serve(server)
+    return serve(server, outlive=outlive)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(outlive=True))
