@@ -705,26 +705,35 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_SMALL_SIZES = {form % size: size for size in range(1, 1024) for form in (b"%x\r\n", b"%X\r\n")}
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
 
 class ChunkedDecoder:
     """Takes chunked transfer coding off (RFC 9112 section 7.1), strictly: hexadecimal sizes only, CR LF
     only.  `done` once the last chunk and its trailers were read; `rest` is what followed.  Raises
-    ValueError on anything else, and when `limit` bytes of content are exceeded."""
+    ValueError on anything else, and when `limit` bytes of content are exceeded.
 
-    def __init__(self, limit: int = 1 << 62) -> None:
+    With `framed` the content comes out chunked again, with the chunks it came in as far as they were whole.
+    """
+
+    def __init__(self, limit: int = 1 << 62, framed: bool = False) -> None:
         self._buffer = b""
         self._left = 0                  # bytes of the current chunk still to come, its CR LF included
         self._trailers = False
-        self._room = limit
+        self._room = self._limit = limit
+        self._framed = framed
+        self._vain = 0                  # reads that were no lines of sizes and contents in turn
         self.done = False
-        self.salvaged = b""             # content that came before the fault, when feed() raises
+        self.salvaged = b""             # what came before the fault, when feed() raises
 
     @property
     def rest(self) -> bytes:
         return self._buffer
+
+    @property
+    def content(self) -> int:
+        """Bytes of content so far."""
+        return self._limit - self._room
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
@@ -732,32 +741,49 @@ class ChunkedDecoder:
             data = self._buffer + data
         pieces: list = []
         try:
-            self._buffer = data[self._scan(data, pieces):]
+            at = self._take(data, 0, pieces) if self._left else 0
+            if not self._left and not self._trailers and self._vain < 4:
+                at = self._take_whole(data, at, pieces)
+            self._buffer = data[self._scan(data, at, pieces):]
         except ValueError:
             self.salvaged = b"".join(pieces)
             raise
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _scan(self, data: bytes, pieces: list) -> int:
-        """Collects content into `pieces`; returns how far `data` was understood."""
-        at, end = 0, len(data)
+    def _take_whole(self, data: bytes, at: int, pieces: list) -> int:
+        """Takes the chunks that are there as a whole, all in one go; returns how far that went.
+
+        Contents of a stream rarely have a CR LF in them: then sizes and contents stand in turn between them.
+        """
+        lines = data[at:].split(b"\r\n") if at else data.split(b"\r\n")
+        lines.pop()                     # what has no end yet
+        if len(lines) % 2:
+            lines.pop()
+        if lines and lines[-2] == b"0":
+            del lines[-2:]              # the last chunk is for _scan
+        if not lines:
+            return at
+        contents = lines[1::2]
+        for line, size in set(zip(lines[::2], map(len, contents))):
+            if not size or line.lower() != b"%x" % size:
+                self._vain += 1
+                return at
+        end = at + sum(map(len, lines)) + 2 * len(lines)
+        self._count(sum(map(len, contents)))
+        if self._framed:
+            pieces.append(data[at:end])
+        else:
+            pieces += contents
+        return end
+
+    def _scan(self, data: bytes, at: int, pieces: list) -> int:
+        """Takes chunks one by one, also in part; returns how far `data` was understood."""
+        end = len(data)
         while at < end and not self.done:
             if self._left:
-                if not self._take(data, at, pieces):
-                    at = end
-                    break
-                at, self._left = at + self._left, 0
+                at = self._take(data, at, pieces)
                 continue
             stop = data.find(b"\n", at)
-            size = _SMALL_SIZES.get(data[at:stop + 1], 0)
-            if size and not self._trailers and data[stop + 1 + size:stop + 3 + size] == b"\r\n":
-                # A small chunk that is there as a whole: nearly all of them, in a stream.
-                self._room -= size
-                if self._room >= 0:
-                    pieces.append(data[stop + 1:stop + 1 + size])
-                    at = stop + 3 + size
-                    continue
-                self._room += size
             if stop < 0:
                 if end - at > 4096:
                     raise ValueError("chunk size line too long")
@@ -769,26 +795,24 @@ class ChunkedDecoder:
             self._line(line[:-1])
         return at
 
-    def _take(self, data: bytes, at: int, pieces: list) -> bool:
-        """Moves content of the current chunk; False when its end has not arrived."""
-        content = self._left - 2
+    def _take(self, data: bytes, at: int, pieces: list) -> int:
+        """Takes what there is of the current chunk; returns where that ends."""
+        content = max(0, self._left - 2)
         available = min(self._left, len(data) - at)
-        if content > 0:
-            piece = data[at:at + min(content, available)]
+        piece = data[at:at + min(content, available)]
+        if piece:
             self._count(len(piece))
-            pieces.append(piece)
-        tail = data[at + max(content, 0):at + available]
+            pieces.append(http_chunk(piece) if self._framed else piece)
+        tail = data[at + len(piece):at + available]
         if not b"\r\n"[-min(self._left, 2):].startswith(tail):
             raise ValueError("chunk longer than its size")
-        if available == self._left:
-            return True
         self._left -= available
-        return False
+        return at + available
 
     def _count(self, size: int) -> None:
-        self._room -= size
-        if self._room < 0:
+        if size > self._room:
             raise BodyTooLarge("body too large")
+        self._room -= size
 
     def _line(self, line: bytes) -> None:
         if self._trailers:
@@ -820,6 +844,7 @@ class BodyDecoder:
     def __init__(self, length: Optional[int], chunked: bool, coding: str = "") -> None:
         self._left = length
         self._chunks = ChunkedDecoder() if chunked else None
+        self._plain = not coding
         self._inflate = zlib.decompressobj(31) if coding in ("gzip", "x-gzip") else None
         self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
         self.done = length == 0 and not chunked
@@ -845,6 +870,13 @@ class BodyDecoder:
             self._left -= len(data)
             self.done = self._left == 0
         return self._decompress(data) if self._inflate or self._deflate is not None else data
+
+    def keep_chunks(self) -> Optional[ChunkedDecoder]:
+        """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
+        if self._chunks is not None and self._plain:
+            self._chunks = ChunkedDecoder(framed=True)
+            return self._chunks
+        return None
 
     def close(self) -> None:
         """The connection ended.  Raises StreamTruncated unless that is how this body ends."""
@@ -1770,7 +1802,7 @@ class OllamaEncoder:
 
     def passed(self, texts: list) -> None:
         """Texts, as JSON string contents, that went by without being encoded one by one."""
-        self.count(sum(map(bool, texts)))
+        self.count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
 
@@ -2793,7 +2825,7 @@ class OpenAIEncoder:
 
     def passed(self, texts: list) -> None:
         """Texts that went by without being encoded one by one."""
-        self._deltas += sum(map(bool, texts))
+        self._deltas += len(texts)
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
@@ -3115,19 +3147,17 @@ class Shortcut:
         if end < len(self._tail):
             return b"", data
         if self._pattern is None:
-            fixed = len(self._between)
-            texts = data[len(self._head):end - len(self._tail)].split(self._between)
+            fixed, texts = len(self._between), self._cut(data[:end])
         else:
             fixed, texts = self._fixed, self._pattern.findall(data, 0, end)
             if len(texts) * fixed + sum(map(len, texts)) != end:
                 return b"", data                # something else is in between
         self._vain = 0
-        joined = b"".join(texts)
-        if joined.isascii() and _PLAIN_TEXT.fullmatch(joined) and b"</" not in joined:
-            return self._lines(texts), data[end:]
+        known = list(map(_PLAIN_KNOWN.get, texts))
+        if None not in known:
+            return self._lines(known), data[end:]
         out, run, at = [], [], 0
-        for text in texts:
-            plain = _PLAIN_KNOWN.get(text)
+        for text, plain in zip(texts, known):
             if plain is None:
                 plain = plain_text(text)
             if plain is not None:
@@ -3143,8 +3173,20 @@ class Shortcut:
         out.append(self._lines(run))
         return b"".join(out), data[end:]
 
+    def _cut(self, data: bytes) -> list:
+        """The texts in a run of frames that begins and ends with the envelope."""
+        frame_end = self._decoder.frame_end
+        first, last = len(self._head), len(frame_end) - len(self._tail)
+        texts = [frame[first:last] for frame in data[:-len(frame_end)].split(frame_end)]
+        # Guess, then compare: that is faster than to look for something as long as the envelope.
+        if self._head + self._between.join(texts) + self._tail == data:
+            return texts
+        return data[first:-len(self._tail)].split(self._between)
+
     def _lines(self, texts: list) -> bytes:
         """Client lines around `texts`; empty texts are no events."""
+        if b"" in texts:
+            texts = [text for text in texts if text]
         if not texts:
             return b""
         encoder = self._encoder
@@ -3152,29 +3194,25 @@ class Shortcut:
         before, after = encoder.around()
         encoder.passed(texts)
         if not self._chunked:
-            return b"".join([before + text + after for text in texts if text])
-        fixed, after = len(before) + len(after), after + b"\r\n"
-        leads = {size: b"%x\r\n%b" % (fixed + size, before) for size in set(map(len, texts))}
-        lines = [leads[len(text)] + text + after for text in texts if text]
-        out = b"".join(lines)
-        self.overhead += len(out) - fixed * len(lines) - sum(map(len, texts))
+            return b"".join([before + text + after for text in texts])
+        fixed = len(before) + len(after)
+        lines = {text: b"%x\r\n%b%b%b\r\n" % (fixed + len(text), before, text, after) for text in set(texts)}
+        out = b"".join(map(lines.__getitem__, texts))
+        self.overhead += len(out) - fixed * len(texts) - sum(map(len, texts))
         return out
 
 
-# What the encoder would write for the same text, to the byte: printable ASCII and the short escapes.
-_PLAIN_TEXT = re.compile(rb'[ !#-\[\]-~]*(?:\\["\\nrtbf][ !#-\[\]-~]*)*')
 _PLAIN_KNOWN: dict = {}
-_NEEDS_THOUGHT = re.compile(rb'[\\"\x00-\x1f\x7f]|</')
 
 
 def plain_text(text: bytes) -> Optional[bytes]:
-    """The contents of a JSON string as our encoders write them; None when that takes a decoder."""
-    if b"</" not in text and _PLAIN_TEXT.fullmatch(text):
-        plain = text
-    elif _NEEDS_THOUGHT.search(text):
+    """The contents of a JSON string as our encoders write them; None when a decoder has to look at it."""
+    if b"</" in text:
         return None
-    else:
-        plain = encode_text(str(text, "utf-8", "replace"))[1:-1].encode("ascii")
+    try:
+        plain = encode_text(_decode_json(f'"{str(text, "utf-8", "replace")}"'))[1:-1].encode("ascii")
+    except (ValueError, TypeError):
+        return None
     if len(text) < 32 and len(_PLAIN_KNOWN) < 8192:
         _PLAIN_KNOWN[text] = plain      # tokens repeat
     return plain
@@ -3269,10 +3307,12 @@ class RelayPipe:
     A relayed stream that breaks is cut: what the target did not say is not said for it.
     """
 
-    def __init__(self, media_type: str, length: Optional[int] = None, chunked: bool = True) -> None:
+    def __init__(self, media_type: str, length: Optional[int] = None, chunked: bool = True,
+                 chunks: Optional[ChunkedDecoder] = None) -> None:
         self.media_type, self.length = media_type, length
         self._chunked = chunked and length is None
-        self.framing = 0
+        self._chunks = chunks           # what is fed is in chunks already, thanks to it
+        self._bytes = 0
         self.started = True
         self.done = False
         self.failure: Optional[Exception] = None
@@ -3280,18 +3320,23 @@ class RelayPipe:
 
     def feed(self, data: bytes) -> bytes:
         """Returns `data`, framed."""
-        if not self._chunked or not data:
-            return data
-        out = b"%x\r\n%b\r\n" % (len(data), data)
-        self.framing += len(out) - len(data)
-        return out
+        if self._chunked and self._chunks is None and data:
+            self._bytes -= len(data)
+            data = http_chunk(data)
+        self._bytes += len(data)
+        return data
+
+    @property
+    def framing(self) -> int:
+        """How many of the bytes handed out were no body: the access line counts without them."""
+        return self._bytes - (self._chunks.content if self._chunks else 0) if self._chunked else 0
 
     def close(self) -> bytes:
         """The upstream's body ended."""
         self.done = True
         if not self._chunked:
             return b""
-        self.framing += len(LAST_CHUNK)
+        self._bytes += len(LAST_CHUNK)
         return LAST_CHUNK
 
     def fail(self, error: ProxyError) -> bytes:
@@ -6183,7 +6228,8 @@ async def relay(scope: Scope, request: Request, target: Target, path: str, body:
             took = (time.monotonic_ns() - request.started) // 1_000_000
             context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {took}ms)")
         return Response(reply.status, data, media_type, answer_headers(reply))
-    pipe = RelayPipe(media_type, counted, request.version == 1)
+    chunks = reply.body.keep_chunks() if counted is None and request.version == 1 and not context.log.debugging else None
+    pipe = RelayPipe(media_type, counted, request.version == 1, chunks)
     return Response(reply.status, media_type=media_type, headers=answer_headers(reply), pipe=pipe, reply=reply)
 
 
