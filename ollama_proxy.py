@@ -132,7 +132,7 @@ BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIEN
 GRACE = 8.0                      # container managers kill 10 s after SIGTERM
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
 READ_SIZE = 256 * 1024
-POOL_SIZE = 64                   # idle connections kept to one target
+POOL_SIZE = 512                  # idle connections kept to one target: as many as may come at once
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
 DOWN_MEMORY = 3.0                # seconds a dead target is not asked for its list again
@@ -453,8 +453,9 @@ def model_not_found(name: str) -> BadRequest:
 # ----------------------------------------------------------------------------
 
 _decode_json = json.JSONDecoder(parse_constant=lambda _: None).decode
+_scan_json = json.JSONDecoder(parse_constant=lambda _: None).raw_decode
 _decode_first_json = json.JSONDecoder(parse_constant=lambda _: None, strict=False).raw_decode
-_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 encode_text = json.encoder.encode_basestring_ascii
 
 _NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b'[]{}"\\')))
@@ -489,7 +490,11 @@ def load(data: bytes) -> Any:
     """JSON of the upstream: lenient about NaN (becomes null), strict about depth.  Raises ValueError."""
     if json_depth(data) >= MAX_JSON_DEPTH:
         raise ValueError("nested too deeply")
-    return _decode_json(str(data, "utf-8", "replace"))
+    text = str(data, "utf-8", "replace").strip(" \t\r\n")
+    value, end = _scan_json(text)
+    if end < len(text):
+        raise ValueError("more than one value")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
@@ -705,6 +710,7 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_SIZES: dict = {}                       # chunk size lines as they were met -> size
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -763,13 +769,18 @@ class ChunkedDecoder:
             del lines[-2:]              # the last chunk is for _scan
         if not lines:
             return at
-        contents = lines[1::2]
-        for line, size in set(zip(lines[::2], map(len, contents))):
-            if not size or line.lower() != b"%x" % size:
-                self._vain += 1
-                return at
-        end = at + sum(map(len, lines)) + 2 * len(lines)
-        self._count(sum(map(len, contents)))
+        sizes, contents = lines[::2], lines[1::2]
+        told, real = list(map(_SIZES.get, sizes)), list(map(len, contents))
+        if told != real:
+            for line, size in zip(sizes, real):
+                if not size or line.lower() != b"%x" % size:
+                    self._vain += 1
+                    return at
+                if size < 4096:
+                    _SIZES[line] = size
+        total = sum(real)
+        self._count(total)
+        end = at + total + len(b"".join(sizes)) + 2 * len(lines)
         if self._framed:
             pieces.append(data[at:end])
         else:
@@ -906,6 +917,8 @@ def one_line(text: Any, limit: int = 500) -> str:
     """Text for a log line or an error: one line, control characters escaped, cut to `limit`."""
     if isinstance(text, (bytes, bytearray)):
         text = str(text[:limit * 4], "utf-8", "replace")
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     text = " ".join(text[:limit * 4].split()) if "\n" in text or "\r" in text else text
     text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
@@ -1188,6 +1201,7 @@ OLLAMA_OPTION_KEYS = {
     "repeat_penalty": "repeat_penalty", "repeat_last_n": "repeat_last_n",
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
 }
+_OPTION_NAMES = {wire: name for name, wire in OLLAMA_OPTION_KEYS.items()}
 OPTION_KINDS = {"top_k": int, "seed": int, "max_tokens": int, "repeat_last_n": int}
 _GO_KINDS = {int: "integer", float: "float32", list: "array"}
 THINK_LEVELS = ("low", "medium", "high", "max")
@@ -1199,11 +1213,13 @@ def parse_options(options: dict) -> tuple[dict, dict]:
     Raises BadRequest for an option of the wrong type, in Ollama's words.
     """
     neutral: dict = {}
-    if not options:
-        return neutral, {}
-    for name, wire in OLLAMA_OPTION_KEYS.items():
-        value = options.get(wire)
+    rest: dict = {}
+    for wire, value in options.items():
+        name = _OPTION_NAMES.get(wire)
         if value is None:
+            continue
+        if name is None:
+            rest[wire] = value
             continue
         if name == "stop":
             value = parse_stop(value)
@@ -1222,8 +1238,7 @@ def parse_options(options: dict) -> tuple[dict, dict]:
                     or (name in ("repeat_last_n", "top_k") and value < (name == "top_k")):
                 continue                # "no limit", "random", "off": what absence means to everybody else
         neutral[name] = value
-    known = set(OLLAMA_OPTION_KEYS.values())
-    return neutral, {key: value for key, value in options.items() if key not in known and value is not None}
+    return neutral, rest
 
 
 def parse_stop(value: Any) -> list:
@@ -1364,10 +1379,16 @@ def parse_call(call: Any) -> ToolCall:
     return ToolCall(as_text(call.get("id")), name, arguments)
 
 
+_PLAIN_ROLES = frozenset(("user", "assistant", "system"))
+
+
 def parse_message(message: Any) -> Message:
     """One message as Ollama and OpenAI clients write it (the two differ in names, not in meaning)."""
     if not isinstance(message, dict):
         raise BadRequest(f"json: cannot unmarshal {json_kind(message)} into field messages of type object")
+    role, content = message.get("role"), message.get("content")
+    if len(message) == 2 and type(content) is str and role in _PLAIN_ROLES:
+        return Message(role, content)
     if not all(map(str.islower, message)):
         message = {**{key.lower(): value for key, value in message.items()}, **message}
     role = (field(message, "role", str, "") or "user").lower()
@@ -1397,10 +1418,10 @@ def parse_message(message: Any) -> Message:
 
 def _common(body: dict) -> dict:
     """The fields that /api/chat and /api/generate share, as arguments of ChatCall."""
-    wire = dict(field(body, "options", dict, {}))
+    wire = field(body, "options", dict, {})
     for name, key in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "num_predict")):
         if body.get(name) is not None:          # some AI SDK providers lift these to the top level
-            wire.setdefault(key, body[name])
+            wire = {key: body[name], **wire}
     options, extra = parse_options(wire)
     keep_alive = body.get("keep_alive", wire.get("keep_alive"))
     return dict(options=options, extra=extra, think=parse_think(body.get("think")), keep_alive=keep_alive,
@@ -2456,6 +2477,10 @@ def merge_details(details: list, pieces: Any) -> None:
             details.append(dict(piece))
 
 
+_COUNTED = frozenset(("usage", "timings", "x_groq"))
+_PLAIN_DELTA = frozenset(("role", "content"))
+
+
 class OpenAIDecoder:
     """SSE of /chat/completions or /completions -> events.  feed(bytes), then close().
 
@@ -2574,14 +2599,14 @@ class OpenAIDecoder:
             value = value[0]            # Gemini wraps errors in an array
         if not isinstance(value, dict):
             raise BadUpstreamPayload(f"upstream sent {json_kind(value)} where an answer was expected")
-        error = value.get("error")
-        if error or event == "error" or (value.get("object") == "error" and "message" in value) \
+        if value.get("error") or event == "error" or (value.get("object") == "error" and "message" in value) \
                 or ("detail" in value and "choices" not in value):
             raise stream_error(value)
-        for source in (value, as_dict(value.get("x_groq"))):
-            self._take_usage(source.get("usage"))
-        if isinstance(value.get("timings"), dict):
-            self._timings = value["timings"]
+        if not _COUNTED.isdisjoint(value):
+            for source in (value, as_dict(value.get("x_groq"))):
+                self._take_usage(source.get("usage"))
+            if isinstance(value.get("timings"), dict):
+                self._timings = value["timings"]
         for choice in as_list(value.get("choices")):
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 is_whole = whole or ("message" in choice and "delta" not in choice)
@@ -2596,7 +2621,22 @@ class OpenAIDecoder:
     def _choice(self, choice: dict, events: list, whole: bool) -> None:
         self._any = True
         delta = as_dict(choice.get("delta")) or as_dict(choice.get("message"))
-        self._take_usage(choice.get("usage"))
+        content = delta.get("content")
+        if delta.keys() <= _PLAIN_DELTA and type(content) is str:
+            if content:
+                self._say(content, read_logprobs(choice.get("logprobs"), self._alternatives), events, whole)
+        else:
+            self._rich_choice(choice, delta, events, whole)
+        if "usage" in choice:
+            self._take_usage(choice["usage"])
+        reason = as_text(choice.get("finish_reason"))
+        if reason and reason != "null":
+            if reason.lower() in FINISH_ERROR:
+                raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
+            self._reason = reason
+
+    def _rich_choice(self, choice: dict, delta: dict, events: list, whole: bool) -> None:
+        """Everything that may stand beside, or instead of, a string of content."""
         thinking = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
         details = delta.get("reasoning_details")
         if details:
@@ -2622,11 +2662,6 @@ class OpenAIDecoder:
             self._tools.add([{"index": 0, "function": delta["function_call"]}])
         if isinstance(delta.get("extra_content"), dict):
             self._tools.attach({"extra_content": delta["extra_content"]})
-        reason = as_text(choice.get("finish_reason"))
-        if reason and reason != "null":
-            if reason.lower() in FINISH_ERROR:
-                raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
-            self._reason = reason
 
     def _think(self, thinking: str, events: list) -> None:
         if self._tags is not None:      # a server that splits reasoning off leaves no tags in the text
@@ -3070,7 +3105,8 @@ class Shortcut:
     """
 
     _VAIN = 8                       # envelopes learned without use before a stream is left alone
-    _LESSON = 500                   # bytes that go the ordinary way at a time
+    _FIRST_LESSON = 250             # bytes that go the ordinary way at a time: often a role and a first word
+    _SECOND_LESSON = 1000           # what follows an envelope that fitted is, as a rule, the end
 
     def __init__(self, decoder: Any, encoder: Any, chunked: bool) -> None:
         self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
@@ -3099,10 +3135,10 @@ class Shortcut:
                 outs.append(out)
                 if not data:
                     break
-            # A few frames are enough to learn from; the rest of a large read need not go the long way.
-            end = data.find(self._decoder.frame_end, self._LESSON) if self._vain <= self._VAIN else -1
-            end += len(self._decoder.frame_end)
-            piece, data = (data, b"") if end < self._LESSON else (data[:end], data[end:])
+            # A frame or two are enough to learn from; the rest of a large read need not go the long way.
+            frame_end, lesson = self._decoder.frame_end, self._SECOND_LESSON if self._head else self._FIRST_LESSON
+            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN else 0
+            piece, data = (data[:end], data[end:]) if end > lesson else (data, b"")
             out, events = ordinary(piece)
             outs.append(out)
             if events and self._vain <= self._VAIN:
@@ -4280,6 +4316,7 @@ class Clock:
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r\n]*))?")
 _FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*([^\r\n\0]*?)[ \t]*\Z")
+_KNOWN_FIELDS: dict = {}                # header line -> (name, value): a server repeats most of its lines
 
 
 def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
@@ -4295,10 +4332,7 @@ def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
     for line in lines[1:]:
         if not line:
             continue
-        pair = _FIELD_LINE.match(line)
-        if not pair:
-            raise BadUpstreamPayload(f"upstream sent a malformed header: {one_line(line, 80)}")
-        name, value = pair[1].decode("ascii").lower(), pair[2].decode("latin-1")
+        name, value = _KNOWN_FIELDS.get(line) or _parse_field(line)
         if name in headers:
             if name == "content-length" and headers[name] != value:
                 raise BadUpstreamPayload("upstream sent two different content lengths")
@@ -4307,6 +4341,18 @@ def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
         else:
             headers[name] = value
     return int(match[1]), int(match[2]), (match[3] or b"").decode("latin-1"), headers
+
+
+def _parse_field(line: bytes) -> tuple[str, str]:
+    pair = _FIELD_LINE.match(line)
+    if not pair:
+        raise BadUpstreamPayload(f"upstream sent a malformed header: {one_line(line, 80)}")
+    found = pair[1].decode("ascii").lower(), pair[2].decode("latin-1")
+    if len(line) < 200:
+        if len(_KNOWN_FIELDS) >= 1024:
+            _KNOWN_FIELDS.clear()
+        _KNOWN_FIELDS[line] = found
+    return found
 
 
 class Reply:
@@ -4332,7 +4378,7 @@ class Reply:
         elif "chunked" in coding:
             self.body = BodyDecoder(None, True, self._coding())
         elif length is not None:
-            if not re.fullmatch("[0-9]{1,18}", length):
+            if not (length.isascii() and length.isdigit() and len(length) < 19):
                 raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
             self.body = BodyDecoder(int(length), False, self._coding())
         else:
@@ -4419,7 +4465,8 @@ class Upstream:
         self._pool: dict = {}           # (scheme, host, port, proxy) -> [(socket, idle since)]
         self._lock = threading.Lock()
         self._context: Any = None
-        self._routes: dict = {}         # host -> proxy or None
+        self._routes: dict = {}         # (scheme, host, port) -> proxy or None
+        self._heads: dict = {}
 
     # -- requests
 
@@ -4457,17 +4504,13 @@ class Upstream:
     async def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
                         timeout: Optional[float], pooled: bool) -> Reply:
         via = self._proxy_for(target)
-        plain_proxy = via is not None and target.scheme == "http"
-        lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1",
-                 f"Host: {target.authority}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        if plain_proxy and via[2]:
-            lines.append(f"Proxy-Authorization: {via[2]}")
+        wire = self._request_head(target, method, path, tuple(headers), via)
         if not isinstance(body, bytes):
-            lines.append("Transfer-Encoding: chunked")
+            wire += b"Transfer-Encoding: chunked\r\n\r\n"
         elif body or method in ("POST", "PUT", "PATCH"):
-            lines.append(f"Content-Length: {len(body)}")
-        wire = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+            wire += b"Content-Length: %d\r\n\r\n" % len(body)
+        else:
+            wire += b"\r\n"
         patience = timeout or self._config.timeout
         key = (target.scheme, target.host, target.port, via[:2] if via else None) if pooled and self._loop else None
         for fresh in (False, True):
@@ -4490,6 +4533,22 @@ class Upstream:
                 self.end(sock)
                 raise
         raise AssertionError("unreachable")
+
+    def _request_head(self, target: Target, method: str, path: str, headers: tuple, via: Optional[tuple]) -> bytes:
+        """The head but for its last line, remembered: most requests differ in their bodies alone."""
+        key = target.scheme, target.host, target.port, method, path, headers
+        known = self._heads.get(key)
+        if known is None:
+            plain_proxy = via is not None and target.scheme == "http"
+            lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1",
+                     f"Host: {target.authority}"]
+            lines += [f"{name}: {value}" for name, value in headers]
+            if plain_proxy and via[2]:
+                lines.append(f"Proxy-Authorization: {via[2]}")
+            if len(self._heads) >= 256:
+                self._heads.clear()
+            known = self._heads[key] = "\r\n".join(lines + [""]).encode("latin-1", "replace")
+        return known
 
     async def _ask(self, sock: socket.socket, wire: bytes, body: Any, deadline: float, target: Target) -> tuple:
         """One request on one connection -> (parsed head, bytes after it)."""
@@ -4630,7 +4689,8 @@ class Upstream:
 
     def _proxy_for(self, target: Target) -> Optional[tuple]:
         """(host, port, Proxy-Authorization value) of the proxy on the way, or None.  Loopback has none."""
-        known = self._routes.get(target.authority, self)
+        place = target.scheme, target.host, target.port
+        known = self._routes.get(place, self)
         if known is not self:
             return known
         route = None
@@ -4646,7 +4706,7 @@ class Upstream:
                     login = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
                 if parts.hostname:
                     route = (parts.hostname, parts.port or 8080, login)
-        self._routes[target.authority] = route
+        self._routes[place] = route
         return route
 
 
@@ -5482,6 +5542,15 @@ class Request:
         self.length: Optional[int] = None
         self.chunked = False
 
+    def again(self, length: Optional[int]) -> "Request":
+        """Another request with the same head but for the length of its body."""
+        other = Request.__new__(Request)
+        other.method, other.target, other.path, other.query = self.method, self.target, self.path, self.query
+        other.version, other.headers, other.keep, other.chunked = self.version, self.headers, self.keep, self.chunked
+        other.body, other.chunks, other.route, other.arguments = b"", None, None, ()
+        other.length, other.started = length, time.monotonic_ns()
+        return other
+
 
 class Response:
     """What the client gets: a whole `body`, or a `pipe` fed by `reply`, with `first` bytes made already."""
@@ -5544,8 +5613,9 @@ class Log:
 
     def _write(self, stream: Any, line: str) -> None:
         try:
+            text = line if line.isascii() else line.encode("utf-8", "replace").decode("utf-8")
             with self._lock:
-                stream.write(line.encode("utf-8", "replace").decode("utf-8") + "\n")
+                stream.write(text + "\n")
                 stream.flush()
         except (OSError, ValueError, AttributeError, UnicodeError):
             pass
@@ -5772,6 +5842,8 @@ def blame_our_key(context: Context, error: ProxyError, request: Request) -> Prox
 
 def settings_for(config: Config, *names: str) -> list[dict]:
     """The --set rows whose pattern fits any of a model's names, with or without vendor and tag."""
+    if not config.set:
+        return []
     forms = {form.lower() for name in names for form in (name, name.rpartition("/")[2])}
     forms |= {re.sub(":(latest|proxy)$", "", form) for form in forms}
     return [values for pattern, values in config.set
@@ -5779,7 +5851,7 @@ def settings_for(config: Config, *names: str) -> list[dict]:
 
 
 def with_defaults(config: Config, model: str, call: ChatCall) -> ChatCall:
-    """--set and the think list, where the client said nothing."""
+    """--set, where the client said nothing."""
     for values in settings_for(config, model, call.model):
         options, extra = parse_options(values)
         for key in ("think", "keep_alive", "format", "reasoning", "open_think"):
@@ -6557,6 +6629,24 @@ _ONCE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authoriza
                    b"expect"))
 
 
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+_KNOWN_HEADS: dict = {}                 # heads without the number of their Content-Length -> Request
+
+
+def read_request_head(head: bytes) -> Request:
+    """parse_request_head(), remembered: a client's requests differ in the length of their bodies alone."""
+    length = _LENGTH.search(head)
+    key = head[:length.start(1)] + head[length.end(1):] if length else head
+    known = _KNOWN_HEADS.get(key)
+    if known is None:
+        known = parse_request_head(head)
+        if len(head) < 4096:
+            if len(_KNOWN_HEADS) >= 512:
+                _KNOWN_HEADS.clear()
+            _KNOWN_HEADS[key] = known
+    return known.again(int(length[1]) if length else None)
+
+
 def parse_request_head(head: bytes) -> Request:
     """The bytes up to the empty line -> Request.  Raises BadRequest, after which the connection is closed.
 
@@ -6713,6 +6803,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.loopback = is_loopback(self.server_name)
         self.own_names = frozenset(("localhost", socket.gethostname().lower()))
         self.head_cache = (0, b"")
+        self.heads: dict = {}
         self._hosts: dict = {}
         self.tls = server_tls(context.config)
 
@@ -6882,7 +6973,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             head = await self._read_head()
             if head is None:
                 return False
-            request = parse_request_head(head)
+            request = read_request_head(head)
         except BadRequest as error:
             return await self._refuse_framing(error)
         self.server.calls += 1
@@ -7054,6 +7145,23 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, request: Request, response: Response, length: Optional[int], keep: bool) -> bytes:
         """Status line and headers; the body is `length` bytes, or chunked, or ends with the connection."""
+        second, date = int(time.time()), self.server.head_cache
+        if date[0] != second:
+            date = self.server.head_cache = (second, f"Date: {self.date_time_string(second)}\r\n\r\n".encode("ascii"))
+        if self._cors or response.headers:
+            head = self._first_lines(request, response, length is None, keep)
+        else:
+            key = response.status, response.media_type, length is None, request.version, keep
+            head = self.server.heads.get(key)
+            if head is None:
+                if len(self.server.heads) >= 256:
+                    self.server.heads.clear()
+                head = self.server.heads[key] = self._first_lines(request, response, length is None, keep)
+        if length is None or response.status == 204:
+            return head + date[1]
+        return b"%bContent-Length: %d\r\n%b" % (head, length, date[1])
+
+    def _first_lines(self, request: Request, response: Response, streamed: bool, keep: bool) -> bytes:
         reason = http.client.responses.get(response.status, "Unknown")
         lines = [f"{name}: {value}" for name, value in self._cors]
         for name, value in response.headers:
@@ -7063,20 +7171,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 reason = value
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type}")
-        if length is not None:
-            if response.status != 204:
-                lines.append(f"Content-Length: {length}")
-        elif request.version == 1:
+        if streamed and request.version == 1:
             lines.append("Transfer-Encoding: chunked")
         if not keep:
             lines.append("Connection: close")
         elif request.version == 0:
             lines.append("Connection: keep-alive")
-        second, date = int(time.time()), self.server.head_cache
-        if date[0] != second:
-            date = self.server.head_cache = (second, f"Date: {self.date_time_string(second)}\r\n\r\n".encode("ascii"))
-        head = "\r\n".join([f"HTTP/1.1 {response.status} {reason}"] + lines)
-        return head.encode("latin-1", "replace") + b"\r\n" + date[1]
+        return "\r\n".join([f"HTTP/1.1 {response.status} {reason}"] + lines + [""]).encode("latin-1", "replace")
 
     async def _send(self, request: Request, response: Response) -> bool:
         """Writes the answer; returns whether another request may follow."""
