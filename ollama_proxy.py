@@ -710,8 +710,9 @@ def http_chunk(data: bytes) -> bytes:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_SIZES: dict = {}                       # chunk size lines as they were met -> size
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
+_STRIDES: dict = {}                     # CR LF, size line, CR LF -> how far it is to the next of these
+_WIDTHS = (6, 7, 5, 8)                  # how long they are, the most frequent first
 
 
 class ChunkedDecoder:
@@ -719,127 +720,112 @@ class ChunkedDecoder:
     only.  `done` once the last chunk and its trailers were read; `rest` is what followed.  Raises
     ValueError on anything else, and when `limit` bytes of content are exceeded.
 
-    With `framed` the content comes out chunked again, with the chunks it came in as far as they were whole.
+    With `framed` chunks come out as they came in, without the last one and its trailers.
+
+    It steps from the CR LF that ends one chunk to the one that ends the next, so that a step is one look
+    at what stands between two contents.
     """
 
     def __init__(self, limit: int = 1 << 62, framed: bool = False) -> None:
-        self._buffer = b""
-        self._left = 0                  # bytes of the current chunk still to come, its CR LF included
+        self._limit, self._framed = limit, framed
+        self._held = b"\r\n"            # understood only with what follows; the first chunk ends none
+        self._passed = 2                # bytes of it that came out already
+        self._skip = 0                  # content bytes before the next CR LF
+        self._understood = 0            # how far the data of this read made sense
         self._trailers = False
-        self._room = self._limit = limit
-        self._framed = framed
-        self._vain = 0                  # reads that were no lines of sizes and contents in turn
+        self.content = 0                # bytes so far
         self.done = False
         self.salvaged = b""             # what came before the fault, when feed() raises
 
     @property
     def rest(self) -> bytes:
-        return self._buffer
-
-    @property
-    def content(self) -> int:
-        """Bytes of content so far."""
-        return self._limit - self._room
+        return self._held
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
-        if self._buffer:
-            data = self._buffer + data
-        pieces: list = []
+        start, at = 0, self._skip
+        if self._held:
+            data, start, self._held = self._held + data, self._passed, b""
+        self.content += min(at, len(data))
+        pieces = [data[:at]] if at and not self._framed else []
+        end = len(data)
         try:
-            at = self._take(data, 0, pieces) if self._left else 0
-            if not self._left and not self._trailers and self._vain < 4:
-                at = self._take_whole(data, at, pieces)
-            self._buffer = data[self._scan(data, at, pieces):]
+            at = self._step(data, at, pieces)
+            self._understood = end
+            self._skip = max(0, at - end)
+            if at < end:
+                self._passed = 2 if end - at > 1 else 0
+                self._held = data[at:]
+                end = at + self._passed
+            if self._trailers:
+                self._finish()
         except ValueError:
-            self.salvaged = b"".join(pieces)
+            self.salvaged = data[start:self._understood] if self._framed else b"".join(pieces)
             raise
+        if self.content > self._limit:
+            raise BodyTooLarge("body too large")
+        if self._framed:
+            return data[start:end]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _take_whole(self, data: bytes, at: int, pieces: list) -> int:
-        """Takes the chunks that are there as a whole, all in one go; returns how far that went.
-
-        Contents of a stream rarely have a CR LF in them: then sizes and contents stand in turn between them.
-        """
-        lines = data[at:].split(b"\r\n") if at else data.split(b"\r\n")
-        lines.pop()                     # what has no end yet
-        if len(lines) % 2:
-            lines.pop()
-        if lines and lines[-2] == b"0":
-            del lines[-2:]              # the last chunk is for _scan
-        if not lines:
-            return at
-        sizes, contents = lines[::2], lines[1::2]
-        told, real = list(map(_SIZES.get, sizes)), list(map(len, contents))
-        if told != real:
-            for line, size in zip(sizes, real):
-                if not size or line.lower() != b"%x" % size:
-                    self._vain += 1
-                    return at
-                if size < 4096:
-                    _SIZES[line] = size
-        total = sum(real)
-        self._count(total)
-        end = at + total + len(b"".join(sizes)) + 2 * len(lines)
-        if self._framed:
-            pieces.append(data[at:end])
-        else:
-            pieces += contents
-        return end
-
-    def _scan(self, data: bytes, at: int, pieces: list) -> int:
-        """Takes chunks one by one, also in part; returns how far `data` was understood."""
-        end = len(data)
-        while at < end and not self.done:
-            if self._left:
-                at = self._take(data, at, pieces)
-                continue
-            stop = data.find(b"\n", at)
-            if stop < 0:
-                if end - at > 4096:
-                    raise ValueError("chunk size line too long")
-                break
-            line = data[at:stop]
-            if line[-1:] != b"\r":
-                raise ValueError("bare line feed in chunked coding")
-            at = stop + 1
-            self._line(line[:-1])
+    def _step(self, data: bytes, at: int, pieces: list) -> int:
+        """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
+        end, framed = len(data), self._framed
+        width = _WIDTHS[0]
+        while at < end and not self._trailers:
+            stride = _STRIDES.get(data[at:at + width])
+            if stride is None:
+                self._understood = at
+                width = next((width for width in _WIDTHS if data[at:at + width] in _STRIDES), 0)
+                width, stride = (width, _STRIDES[data[at:at + width]]) if width else self._read_size(data, at)
+                if not width:
+                    break
+            self.content += stride - width
+            if not framed:
+                pieces.append(data[at + width:at + stride])
+            at += stride
+        if at > end:
+            self.content -= at - end
         return at
 
-    def _take(self, data: bytes, at: int, pieces: list) -> int:
-        """Takes what there is of the current chunk; returns where that ends."""
-        content = max(0, self._left - 2)
-        available = min(self._left, len(data) - at)
-        piece = data[at:at + min(content, available)]
-        if piece:
-            self._count(len(piece))
-            pieces.append(http_chunk(piece) if self._framed else piece)
-        tail = data[at + len(piece):at + available]
-        if not b"\r\n"[-min(self._left, 2):].startswith(tail):
+    def _read_size(self, data: bytes, at: int) -> tuple[int, int]:
+        """(width, stride) of an unknown size line, (0, 0) for one that is not there as a whole, or the last."""
+        stop = data.find(b"\n", at + 2)
+        if not b"\r\n".startswith(data[at:at + 2]):
             raise ValueError("chunk longer than its size")
-        self._left -= available
-        return at + available
-
-    def _count(self, size: int) -> None:
-        if size > self._room:
-            raise BodyTooLarge("body too large")
-        self._room -= size
-
-    def _line(self, line: bytes) -> None:
-        if self._trailers:
-            if not line:
-                self.done = True
-            elif not _TRAILER.fullmatch(line):
-                raise ValueError("malformed trailer")
-            return
-        match = _CHUNK_SIZE.fullmatch(line)
+        if stop < 0:
+            if len(data) - at > 4096:
+                raise ValueError("chunk size line too long")
+            return 0, 0
+        if data[stop - 1:stop] != b"\r":
+            raise ValueError("bare line feed in chunked coding")
+        match = _CHUNK_SIZE.fullmatch(data, at + 2, stop - 1)
         if not match:
             raise ValueError("malformed chunk size")
-        size = int(match[1], 16)
-        if size:
-            self._left = size + 2
-        else:
+        size, width = int(match[1], 16), stop + 1 - at
+        if not size:
             self._trailers = True
+            return 0, 0
+        if width in _WIDTHS and len(_STRIDES) < 8192:
+            _STRIDES[data[at:stop + 1]] = width + size
+        return width, width + size
+
+    def _finish(self) -> None:
+        """The last chunk has come: reads its trailers, in `_held`, up to the empty line that ends them."""
+        data = self._held
+        at = data.find(b"\n", 2) + 1    # behind the size line
+        while True:
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                if len(data) > 4096:
+                    raise ValueError("trailers too long")
+                return
+            line, at = data[at:stop], stop + 1
+            if line == b"\r":
+                self.done, self._held = True, data[at:]
+                return
+            if line[-1:] != b"\r" or not _TRAILER.fullmatch(line[:-1]):
+                raise ValueError("malformed trailer")
 
 
 class BodyTooLarge(ValueError):
@@ -1817,15 +1803,13 @@ class OllamaEncoder:
             self._first = self._clock.now()
         self._deltas += deltas
 
-    def around(self) -> tuple[bytes, bytes]:
-        """What stands before and after the bare text in a line of text."""
-        return b'%b%b%b"' % (self.head, self.stamp, self.before_text), b'"' + self.after_text
-
-    def passed(self, texts: list) -> None:
-        """Texts, as JSON string contents, that went by without being encoded one by one."""
+    def around(self, texts: list) -> tuple[bytes, bytes]:
+        """What stands before and after each of `texts`, which are JSON string contents already."""
         self.count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
+        self.stamp = self._clock.stamp()
+        return b'%b%b%b"' % (self.head, self.stamp, self.before_text), b'"' + self.after_text
 
     def encode(self, event: Any) -> bytes:
         """Returns one line, or nothing."""
@@ -2850,17 +2834,14 @@ class OpenAIEncoder:
     def tick(self) -> None:
         """Nothing here changes with time."""
 
-    def around(self) -> tuple[bytes, bytes]:
-        """What stands before and after the bare text in a frame of text, once the role was sent."""
+    def around(self, texts: list) -> tuple[bytes, bytes]:
+        """What stands before and after each of `texts`, once the role was sent."""
         if self._around is None:
             frame = self.encode(TextDelta("\x01"))
             self._deltas -= 1
             self._around = tuple(frame.split(b"\\u0001"))
-        return self._around
-
-    def passed(self, texts: list) -> None:
-        """Texts that went by without being encoded one by one."""
         self._deltas += len(texts)
+        return self._around
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
@@ -3114,12 +3095,17 @@ class Shortcut:
         self._pattern: Any = None       # for envelopes with a timestamp in them
         self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
+        self._plain = False             # the decoder has nothing pending: only the ordinary way changes that
         self.overhead = 0               # bytes of chunk framing among those handed out
         self._rest: list = []           # of a line whose end has not arrived: nobody could use it yet
         self._size = 0
 
     def feed(self, data: bytes, ordinary: Callable) -> bytes:
         """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
+        if self._plain and not self._rest and data.endswith(self._tail) and data.startswith(self._head):
+            text = _PLAIN_KNOWN.get(data[len(self._head):-len(self._tail)])
+            if text:                    # one frame with a token that was met before: what slow models send
+                return self._lines([text])
         end = len(data) if b"\r" in data else data.rfind(b"\n") + 1
         if not end:
             self._rest.append(data)
@@ -3130,7 +3116,7 @@ class Shortcut:
         self._rest, self._size = ([rest], len(rest)) if rest else ([], 0)
         outs = []
         while data:
-            if self._head and self._decoder.plain:
+            if self._head and self._plain:
                 out, data = self._take(data, ordinary)
                 outs.append(out)
                 if not data:
@@ -3141,6 +3127,7 @@ class Shortcut:
             piece, data = (data[:end], data[end:]) if end > lesson else (data, b"")
             out, events = ordinary(piece)
             outs.append(out)
+            self._plain = self._decoder.plain
             if events and self._vain <= self._VAIN:
                 self._learn(piece, events[-1])
         return outs[0] if len(outs) == 1 else b"".join(outs)
@@ -3152,7 +3139,7 @@ class Shortcut:
 
     def _learn(self, data: bytes, event: Any) -> None:
         """What surrounds the text of the last line that went the ordinary way?"""
-        if type(event) is not TextDelta or event.logprobs or not self._decoder.plain:
+        if type(event) is not TextDelta or event.logprobs or not self._plain:
             return
         data = data.rstrip(b"\n")
         frame = data[data.rfind(b"\n") + 1:] + self._decoder.frame_end
@@ -3203,7 +3190,8 @@ class Shortcut:
                 run = []
                 frame = data[at:at + fixed + len(text)]
                 out.append(ordinary(frame)[0])
-                if not self._decoder.plain:     # that one changed the rules
+                self._plain = self._decoder.plain
+                if not self._plain:             # that one changed the rules
                     return b"".join(out), data[at + len(frame):]
             at += fixed + len(text)
         out.append(self._lines(run))
@@ -3225,13 +3213,14 @@ class Shortcut:
             texts = [text for text in texts if text]
         if not texts:
             return b""
-        encoder = self._encoder
-        encoder.tick()
-        before, after = encoder.around()
-        encoder.passed(texts)
+        before, after = self._encoder.around(texts)
         if not self._chunked:
             return b"".join([before + text + after for text in texts])
         fixed = len(before) + len(after)
+        if len(texts) == 1:
+            out = b"%x\r\n%b%b%b\r\n" % (fixed + len(texts[0]), before, texts[0], after)
+            self.overhead += len(out) - fixed - len(texts[0])
+            return out
         lines = {text: b"%x\r\n%b%b%b\r\n" % (fixed + len(text), before, text, after) for text in set(texts)}
         out = b"".join(map(lines.__getitem__, texts))
         self.overhead += len(out) - fixed * len(texts) - sum(map(len, texts))
