@@ -66,6 +66,7 @@ import hmac
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import os
 import random
@@ -770,22 +771,32 @@ class ChunkedDecoder:
 
     def _step(self, data: bytes, at: int, pieces: list) -> int:
         """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
-        end, framed = len(data), self._framed
-        width = _WIDTHS[0]
+        end, width = len(data), _WIDTHS[0]
         while at < end and not self._trailers:
-            stride = _STRIDES.get(data[at:at + width])
-            if stride is None:
-                self._understood = at
-                width = next((width for width in _WIDTHS if data[at:at + width] in _STRIDES), 0)
-                width, stride = (width, _STRIDES[data[at:at + width]]) if width else self._read_size(data, at)
+            begun, steps = at, 0
+            try:                        # up to the first size line of another width, or one that is not known
+                if self._framed:
+                    for steps in itertools.count():
+                        at += _STRIDES[data[at:at + width]]
+                for steps in itertools.count():
+                    stride = _STRIDES[data[at:at + width]]
+                    pieces.append(data[at + width:at + stride])
+                    at += stride
+            except KeyError:
+                self.content += at - begun - steps * width
+            if at >= end:
+                break
+            self._understood = at
+            width = next((width for width in _WIDTHS if data[at:at + width] in _STRIDES), 0)
+            if not width:
+                width, stride = self._read_size(data, at)
                 if not width:
                     break
-            self.content += stride - width
-            if not framed:
-                pieces.append(data[at + width:at + stride])
-            at += stride
-        if at > end:
-            self.content -= at - end
+                self.content += stride - width
+                if not self._framed:
+                    pieces.append(data[at + width:at + stride])
+                at += stride
+        self.content -= max(0, at - end)
         return at
 
     def _read_size(self, data: bytes, at: int) -> tuple[int, int]:
