@@ -4061,8 +4061,6 @@ class SelectorPoller:
 
     def poll(self, timeout: float) -> list:
         """As EpollPoller.poll."""
-        if not self.masks:
-            time.sleep(timeout)
         found = []
         for key, events in self._selector.select(timeout):
             mask = self.masks.get(key.fd, 0)
@@ -4111,6 +4109,13 @@ class Task:
             self._loop.poller.set(None, fd, 0)              # the upstream has ended before we had use for that
         elif self._loop.poller.is_gone(self._client):
             self.step(self._coroutine.throw, ClientGone("client closed the connection"))
+
+    def close(self) -> None:
+        """Ends it wherever it waits."""
+        try:
+            self._coroutine.close()
+        except Exception as error:      # noqa: BLE001  the boundary of this thread
+            complain(error)
 
     def sweep(self) -> None:
         """Ends a wait that took too long."""
@@ -4178,7 +4183,6 @@ class Loop:
         self.now = time.monotonic()
         self.buffer = bytearray(READ_SIZE)
         self.view = memoryview(self.buffer)
-        self.after: Callable = int      # called after each round of events: what can be done once for all
         self._grain = grain             # seconds between looks at the clock for all tasks
         self._posted: collections.deque = collections.deque()
         self._bell, self._ear = socket.socketpair()
@@ -4238,7 +4242,8 @@ class Loop:
                 swept = now
                 for task in list(self.tasks):
                     task.sweep()
-            self.after()
+        for task in list(self.tasks):
+            task.close()
 
     def _hear(self) -> None:
         try:
@@ -6807,6 +6812,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.context = context
         self.loop = context.loop
         self.draining = False
+        self.most_connections = context.config.max_connections
+        if selectors.DefaultSelector is selectors.SelectSelector:
+            self.most_connections = min(self.most_connections, 240)     # Windows selects among 512 sockets
         self.connections = 0
         self.calls = 0                  # requests being answered
         self.idle: set = set()          # kept connections without a request
@@ -6875,17 +6883,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """A connection begins."""
         request.setblocking(False)
-        if self.connections >= self.context.config.max_connections:
+        if self.connections >= self.most_connections:
             self._turn_away(request)
             return
         self.connections += 1
-        if self.tls is not None:
-            try:
+        try:
+            if self.tls is not None:
                 request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            except OSError:
-                self.ended(request)
-                return
-        self.loop.spawn(ProxyHandler(request, client_address, self).run(), request)
+            handler = ProxyHandler(request, client_address, self)
+        except OSError:                 # a client that left at once
+            self.ended(request)
+        else:
+            self.loop.spawn(handler.run(), request)
 
     def _turn_away(self, request: Any) -> None:
         """503 for one client too many; never waits for it."""
@@ -6964,6 +6973,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.patience = self.context.config.client_timeout
         self._buffer = b""
         self._unread = False
+        self._sent = 0
         self._cors: list = []
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
@@ -6979,7 +6989,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if self.server.tls is not None:
                 await self._shake_hands()
             while await self._serve_one():
-                pass
+                if self._buffer:        # the client has sent more already: the others come first
+                    await wait(self.connection, WRITE, self.patience)
         except (OSError, Expired, ClientGone):
             pass                        # the client is gone; whoever cared has logged it
         finally:
@@ -7006,7 +7017,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return await self._refuse_framing(error)
         self.server.calls += 1
         scope = Scope(self.context)
-        self._cors = []
+        self._cors, self._sent = [], 0
         self._unread = bool(request.length or request.chunked)
         try:
             try:
@@ -7031,12 +7042,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("client closed the connection") from None
         except ClientGone as gone:
             return await self._done(request, gone.status, self._sent, False)
+        except Exception as error:          # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
+            complain(error)
+            return await self._done(request, response.status, self._sent, False)
         finally:
             scope.close()
 
     async def _respond(self, request: Request, scope: Scope) -> Response:
         """framing was checked -> Host and Origin -> preflight -> key -> route -> body -> operation."""
-        self._sent = 0
         self._check_origin(request)
         if request.method == "OPTIONS":
             return Response(204, headers=preflight_headers(request))
