@@ -437,10 +437,6 @@ class ClientGone(ProxyError):
     status = 499
 
 
-# The exceptions that mean "the other side hung up".
-GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, ConnectionRefusedError)
-
-
 def model_not_found(name: str) -> BadRequest:
     """404 in Ollama's own words (ollama-api 1.4), which several clients search for."""
     return BadRequest(f"model '{name}' not found", 404, code="model_not_found")
@@ -5456,11 +5452,10 @@ def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
 
 
 class Healer:
-    """Knows what each target refused.  Shared by all threads; a lesson is (key, action)."""
+    """Knows what each target refused; a lesson is (key, action)."""
 
     def __init__(self) -> None:
         self._lessons: dict = {}
-        self._lock = threading.Lock()
 
     def apply(self, where: tuple, preset: Preset, body: dict) -> None:
         """Changes `body` to what this target is known to want."""
@@ -5471,11 +5466,10 @@ class Healer:
 
     def remember(self, where: tuple, lessons: list) -> None:
         """What was done to a request that then succeeded."""
-        with self._lock:
-            if len(self._lessons) > 4096:
-                self._lessons.pop(next(iter(self._lessons)))
-            known = self._lessons.get(where, ())
-            self._lessons[where] = known + tuple(lesson for lesson in lessons if lesson not in known)
+        if len(self._lessons) > 4096:
+            self._lessons.pop(next(iter(self._lessons)))
+        known = self._lessons.get(where, ())
+        self._lessons[where] = known + tuple(lesson for lesson in lessons if lesson not in known)
 
     def heal(self, error: UpstreamRefused, body: dict, tried: list) -> bool:
         """Changes `body` in answer to a refusal and notes the lesson in `tried`; False when nothing helps."""
@@ -5518,16 +5512,14 @@ class Keepsakes:
 
     def __init__(self) -> None:
         self._kept: collections.OrderedDict = collections.OrderedDict()
-        self._lock = threading.Lock()
 
     def keep(self, calls: Iterable) -> None:
         """Remembers what came with `calls`."""
-        with self._lock:
-            for call in calls:
-                if call.extra:
-                    self._kept[self._key(call)] = call.extra
-                    while len(self._kept) > KEEPSAKES:
-                        self._kept.popitem(last=False)
+        for call in calls:
+            if call.extra:
+                self._kept[self._key(call)] = call.extra
+                while len(self._kept) > KEEPSAKES:
+                    self._kept.popitem(last=False)
 
     def attach(self, messages: tuple) -> tuple:
         """The history with everything that is remembered about its calls."""
