@@ -736,8 +736,8 @@ def http_chunk(data: bytes) -> bytes:
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
-_STRIDES: dict = {}                     # CR LF, size line, CR LF -> how far it is to the next of these
-_WIDTHS = (6, 7, 5, 8)                  # how long they are, the most frequent first
+# By their length: CR LF, size line, CR LF -> how far it is from there to the next of these.
+_STRIDES: dict = {6: {}, 7: {}, 5: {}, 8: {}}
 
 
 class ChunkedDecoder:
@@ -795,15 +795,15 @@ class ChunkedDecoder:
 
     def _step(self, data: bytes, at: int, pieces: list) -> int:
         """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
-        end, width = len(data), _WIDTHS[0]
+        end, first, width = len(data), at, 6
         while at < end and not self._trailers:
-            begun, steps = at, 0
+            begun, steps, strides = at, 0, _STRIDES[width]
             try:                        # up to the first size line of another width, or one that is not known
                 if self._framed:
                     for steps in itertools.count():
-                        at += _STRIDES[data[at:at + width]]
+                        at += strides[data[at:at + width]]
                 for steps in itertools.count():
-                    stride = _STRIDES[data[at:at + width]]
+                    stride = strides[data[at:at + width]]
                     pieces.append(data[at + width:at + stride])
                     at += stride
             except KeyError:
@@ -811,7 +811,7 @@ class ChunkedDecoder:
             if at >= end:
                 break
             self._understood = at
-            width = next((width for width in _WIDTHS if data[at:at + width] in _STRIDES), 0)
+            width = next((width for width, known in _STRIDES.items() if data[at:at + width] in known), 0)
             if not width:
                 width, stride = self._read_size(data, at)
                 if not width:
@@ -820,7 +820,9 @@ class ChunkedDecoder:
                 if not self._framed:
                     pieces.append(data[at + width:at + stride])
                 at += stride
-        self.content -= max(0, at - end)
+                width = width if width in _STRIDES else 6
+        if at > max(end, first):        # the last chunk was counted whole
+            self.content -= at - end
         return at
 
     def _read_size(self, data: bytes, at: int) -> tuple[int, int]:
@@ -841,8 +843,8 @@ class ChunkedDecoder:
         if not size:
             self._trailers = True
             return 0, 0
-        if width in _WIDTHS and len(_STRIDES) < 8192:
-            _STRIDES[data[at:stop + 1]] = width + size
+        if width in _STRIDES and len(_STRIDES[width]) < 4096:
+            _STRIDES[width][data[at:stop + 1]] = width + size
         return width, width + size
 
     def _finish(self) -> None:

@@ -961,9 +961,51 @@ def test_chunked_coding_refuses_what_smugglers_send(data):
                 decoder.feed(piece)
 
 
+def random_chunks(chance):
+    """(chunked bytes, content): sizes of every width, extensions, contents that look like framing."""
+    data, content = b"", b""
+    for _ in range(chance.randint(0, 12)):
+        piece = chance.choice([b"x", b"data: {}\n\n", b"\r\n", b"0\r\n\r\n", b"5\r\nhello\r\n", b"y" * chance.randint(1, 5000), b"\r" * chance.randint(1, 20)])
+        content += piece
+        data += chance.choice([b"%x", b"%X", b"00%x"]) % len(piece) + chance.choice([b"", b"", b";a=b", b" "]) + b"\r\n" + piece + b"\r\n"
+    return data + b"0\r\n" + chance.choice([b"", b"T: x\r\n"]) + b"\r\n", content
+
+
+def test_chunks_for_the_next_hop_carry_the_same_content_however_they_are_cut():
+    chance = random.Random(21)
+    for _ in range(300):
+        data, content = random_chunks(chance)
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randint(0, 6)))
+        pieces = [data[a:b] for a, b in zip([0] + cuts, cuts + [len(data)])]
+        for framed in (False, True):
+            decoder = ChunkedDecoder(framed=framed)
+            out = b"".join(map(decoder.feed, pieces))
+            assert decoder.done and decoder.rest == b"" and decoder.content == len(content)
+            assert out == content or framed and ChunkedDecoder().feed(out + b"0\r\n\r\n") == content
+            if framed:              # nothing beside the chunks: neither the last one nor trailers
+                assert data.startswith(out)
+
+
+@cases("framed", [False, True])
+def test_what_came_before_a_fault_in_chunked_coding_is_not_lost(framed):
+    decoder = ChunkedDecoder(framed=framed)
+    with pytest.raises(ValueError):
+        decoder.feed(b"5\r\nhello\r\n3\r\nabc\r\nzz\r\n")
+    assert decoder.salvaged.endswith(b"3\r\nabc") if framed else decoder.salvaged == b"helloabc"
+
+
 def test_chunked_coding_stops_at_its_limit():
     with pytest.raises(proxy_module.BodyTooLarge):
         ChunkedDecoder(limit=10).feed(b"b\r\nhello world\r\n0\r\n\r\n")
+
+
+def test_long_texts_are_written_like_short_ones():
+    chance = random.Random(22)
+    for _ in range(100):
+        letters = chance.choice(["ab \"\\\n\r\t/[]{}", "ab\x00\x1f\x7f", "a\u00e9\u2028\U0001f999"])
+        text = "".join(chance.choice(letters) for _ in range(chance.choice([10, proxy_module.LONG_TEXT - 1, proxy_module.LONG_TEXT, 9000])))
+        value = {"messages": [{"role": "user", "content": text}, {"content": [{"type": "text", "text": text[::-1]}], "n": 1.5}], text[:5]: None}
+        assert proxy_module.dump_long(value) == proxy_module.dump(value)
 
 
 def test_a_body_that_ends_early_is_truncated_whatever_its_framing():
@@ -3242,6 +3284,117 @@ def test_pipelined_bytes_are_no_hangup(start, target):
             target.go.set()
             rest = read_until(sock, b'"version"')
             assert b'"done":true' in first + rest and not proxy.errors
+
+
+def test_a_client_that_leaves_while_the_target_is_dialled_leaves_no_connection(start, target, monkeypatch):
+    dial, dialled, go = proxy_module.Upstream._dial, [], threading.Event()
+    proxy = start("--target-api", "openai")
+    assert proxy.call("GET", "/api/tags").status == 200
+
+    def slowly(self, *arguments):
+        target.go.set()
+        go.wait(PATIENCE)
+        dialled.append(dial(self, *arguments))
+        return dialled[-1]
+
+    monkeypatch.setattr(proxy_module.Upstream, "_dial", slowly)
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", "/api/chat", CHAT))
+    assert target.go.wait(PATIENCE)
+    sock.close()
+    assert '" 499 ' in proxy.wait_logged("/api/chat")
+    go.set()
+    closed = threading.Event()
+    for _ in range(200):                # the crew hands it to the loop, which closes it
+        proxy.context.loop.post(lambda: closed.set() if dialled and dialled[0].fileno() < 0 else None)
+        if closed.wait(0.02):
+            break
+    assert closed.is_set() and not target.calls("/v1/chat/completions")
+
+
+def test_a_client_that_leaves_while_it_sends_its_request_is_let_go(start, target):
+    proxy = start("--target-api", "openai")
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", "/api/chat", CHAT)[:-5])
+    sock.close()
+    assert '" 499 ' in proxy.wait_logged("/api/chat") and not target.calls("/v1/chat/completions")
+
+
+# -- the loop
+
+
+def test_many_requests_in_one_read_do_not_keep_others_waiting(start, target):
+    proxy = start("--target-api", "openai")
+    gate = threading.Event()
+    with proxy.dial() as many, proxy.dial() as other:
+        for sock in (many, other):      # both are known to the loop
+            sock.sendall(http_request("GET", "/api/version"))
+            read_until(sock, b"}")
+        proxy.context.loop.post(gate.wait, PATIENCE)
+        many.sendall(http_request("GET", "/health") * 500)
+        other.sendall(http_request("GET", "/"))
+        gate.set()
+        read_until(other, b"running")
+        data = b""
+        while data.count(b"200 OK") < 500:
+            data += many.recv(1 << 20)
+    lines = [line.split('"')[1].split()[1] for line in proxy.logged]
+    assert lines.index("/") < 10
+
+
+def test_a_bug_in_mid_stream_cuts_the_stream_and_nothing_else(start, target, monkeypatch, capfd):
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    proxy = start("--target-api", "openai")
+    encode = proxy_module.OllamaEncoder.encode
+
+    def stumble(self, event):
+        if isinstance(event, Finish):
+            raise RuntimeError("a bug")
+        return encode(self, event)
+
+    def in_two(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(sse(STOP)) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = in_two
+    monkeypatch.setattr(proxy_module.OllamaEncoder, "encode", stumble)
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(sock, b"Hel")
+        target.go.set()
+        assert not read_all(sock).endswith(b"0\r\n\r\n")
+    assert '" 200 ' in proxy.wait_logged("/api/chat") and "a bug" in capfd.readouterr().err
+    assert proxy.call("GET", "/api/version").status == 200 and proxy.server.calls == 0
+
+
+def test_heads_are_remembered_but_for_their_length(start, target):
+    proxy = start("--target-api", "openai")
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    texts = ["a", "bb" * 40, "", "ccc"]
+    with proxy.dial() as sock:
+        for text in texts:
+            sock.sendall(http_request("POST", "/api/chat", {**CHAT, "messages": [{"role": "user", "content": text}]}))
+            read_until(sock, b"0\r\n\r\n")
+        sock.sendall(http_request("POST", "/api/chat", CHAT).replace(b"Content-Length: ", b"Content-Length: 5, "))
+        assert b" 400 " in read_all(sock)
+    assert [call.json["messages"][0]["content"] for call in target.calls("/v1/chat/completions")] == texts
+    for known in list(proxy_module._KNOWN_HEADS.values()):
+        assert known.body == b"" and known.route is None
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc") if pytest else lambda f: f
+def test_a_loop_that_ends_closes_what_it_served(start, target):
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    proxy = start("--target-api", "openai")
+    with proxy.dial() as streaming, proxy.dial() as idle:
+        streaming.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(streaming, b"Hel")
+        idle.sendall(http_request("GET", "/api/version"))
+        read_until(idle, b"}")
+        proxy.server.shutdown()
+        assert not read_all(streaming).endswith(b"0\r\n\r\n") and read_all(idle) == b""
+        assert target.peer_closed.wait(PATIENCE)
 
 
 # -- truth about streams
