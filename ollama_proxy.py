@@ -768,6 +768,12 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
+        if self._held == b"\r\n":       # between two chunks; what slow models send is one chunk at a time
+            line = data[:data.find(b"\n") + 1]
+            if _STRIDES.get(len(line) + 2, _STRIDES[6]).get(b"\r\n" + line) == len(data) and data.endswith(b"\r\n"):
+                content = len(data) - len(line) - 2
+                self.content += content
+                return data if self._framed else data[len(line):-2]
         start, at = 0, self._skip
         if self._held:
             data, start, self._held = self._held + data, self._passed, b""
@@ -808,7 +814,7 @@ class ChunkedDecoder:
                     at += stride
             except KeyError:
                 self.content += at - begun - steps * width
-            if at >= end:
+            if at >= end or data[at:] == b"\r\n":
                 break
             self._understood = at
             width = next((width for width, known in _STRIDES.items() if data[at:at + width] in known), 0)
@@ -1842,7 +1848,9 @@ class OllamaEncoder:
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
-        self.count(len(texts))
+        if not self._deltas:
+            self._first = self._clock.now()
+        self._deltas += len(texts)
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
         self.stamp = self._clock.stamp()
@@ -4007,6 +4015,7 @@ class EpollPoller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self.poll = self._epoll.poll    # poll(seconds) -> [(descriptor, flags)] of what is ready
         self.masks: dict = {}           # descriptor -> what is reported of it
 
     def set(self, sock: Any, fd: int, mask: int) -> None:
@@ -4021,10 +4030,6 @@ class EpollPoller:
             (self._epoll.modify if known else self._epoll.register)(fd, mask & 0x2005)
         except (OSError, ValueError):
             pass                        # closed already: the kernel has forgotten it
-
-    def poll(self, timeout: float) -> list:
-        """[(descriptor, flags)] of what is ready."""
-        return self._epoll.poll(timeout)
 
     def is_gone(self, sock: Any) -> bool:
         """Asks again about one socket: a number may be a new client's by the time its event is read."""
@@ -4058,7 +4063,7 @@ class SelectorPoller:
             self.masks[fd] = mask
 
     def poll(self, timeout: float) -> list:
-        """As EpollPoller.poll."""
+        """[(descriptor, flags)] of what is ready."""
         found = []
         for key, events in self._selector.select(timeout):
             mask = self.masks.get(key.fd, 0)
@@ -7224,7 +7229,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return await self._done(request, response.status, len(body), keep)
         keep = keep and (pipe.length is not None or request.version == 1)
         rest = response.reply.take_rest()       # a relay has not looked at what came with the head
-        first = response.first + (self._translate(response.reply, pipe, rest, bool(response.first)) if rest else b"")
+        first = response.first
+        if rest:
+            first += self._translate(response.reply, pipe, rest, self.context.log.tap, bool(first))
         head = self._head(request, response, pipe.length, keep)
         try:
             await self._stream(response.reply, pipe, head + first)
@@ -7235,7 +7242,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
         """One read, all of it translated, one write.  A client that does not read stops the reading."""
         client, sock, loop = self.connection, reply.sock, self.server.loop
-        timeout = self.context.config.timeout
+        timeout, tap = self.context.config.timeout, self.context.log.tap
         while True:
             if out:
                 try:
@@ -7261,14 +7268,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 out = b"" if unready(error) else pipe.fail(
                     StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
             else:
-                out = self._translate(reply, pipe, bytes(loop.view[:size]))
+                out = self._translate(reply, pipe, bytes(loop.view[:size]), tap)
 
-    def _translate(self, reply: Reply, pipe: Any, data: bytes, begun: bool = True) -> bytes:
+    @staticmethod
+    def _translate(reply: Reply, pipe: Any, data: bytes, tap: Optional[Callable], begun: bool = True) -> bytes:
         """Framed bytes of the upstream, b"" at its end -> bytes for the client.
 
         Raises what broke when the answer has not `begun`: it can still be an HTTP status.
         """
-        body, tap = reply.body, self.context.log.tap
+        body = reply.body
         try:
             if data:
                 data = body.feed(data)
