@@ -10,9 +10,9 @@ One file, nothing but the standard library, Python 3.9 and newer.
     python3 ollama_proxy.py --target http://localhost:1234
 
     client bytes --> Request --> parse_* --> Call --> render_* --> Upstream.open --> upstream bytes
-    (server, 13)     (route 12)  +- client dialect    +- upstream dialect   (9)
+    (server, 15)     (route 14)  +- client dialect    +- upstream dialect   (10)
     client bytes <-- send <-- Encoder <-- events <-- Decoder <-- Reply.recv <-------+
-    (13 or 10)               client dialect   upstream dialect       hang-up (10) aborts the call
+    (server, 15)             client dialect   upstream dialect       hang-up (9) ends the call
 
 A *dialect* is a wire API family.  Both are parsed into one neutral vocabulary and
 rendered from it, so each dialect is written once, whichever side it stands on:
@@ -84,7 +84,7 @@ import urllib.parse
 import zlib
 from typing import Any, Callable, Iterable, NamedTuple, Optional
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 # ----------------------------------------------------------------------------
 # Room 1.  Constants: limits with their reasons, media types, ports
