@@ -688,7 +688,14 @@ class FrameDecoder:
     def _data(self, payload: bytes, frames: list) -> None:
         if payload == b"[DONE]":
             frames.append((self._event, None))
-        elif payload or self._pending:
+            return
+        if not self._pending and payload[-1:] == b"}":
+            try:                        # a whole value in one line, as nearly always
+                frames.append((self._event, load(payload)))
+                return
+            except (ValueError, RecursionError):
+                pass
+        if payload or self._pending:
             self._pending.append(payload)
             if len(self._pending) > 1000:
                 raise BadUpstreamPayload("upstream sent an event of more than 1000 lines")
@@ -1828,8 +1835,7 @@ class OllamaEncoder:
         self._deltas = 0
         self._answer: Optional[list] = [] if call.conversation is not None else None
         self.tick()
-        head = b'{"model":' + dump(call.model) + b',"created_at":"'
-        self.head = head
+        self.head = f'{{"model":{encode_text(call.model)},"created_at":"'.encode("ascii")
         generate = call.face == "generate"
         self.before_text = b'","response":' if generate else b'","message":{"role":"assistant","content":'
         self.after_text = b',"done":false}\n' if generate else b'},"done":false}\n'
@@ -5194,8 +5200,12 @@ class Catalogue:
         with self._lock:
             busy = self._busy
             if busy is None:
-                busy = self._busy = (threading.Event(), threading.Event())
-                threading.Thread(target=self._refresh, args=(*busy, details), name="catalogue", daemon=True).start()
+                busy = (threading.Event(), threading.Event())
+                try:
+                    threading.Thread(target=self._refresh, args=(*busy, details), name="catalogue", daemon=True).start()
+                except RuntimeError:    # no more threads: the memory has to do
+                    return
+                self._busy = busy
         if patience:
             busy[0].wait(patience)
         if wanting and patience:
@@ -5974,6 +5984,8 @@ class Witness:
     def note(self, events: list) -> list:
         """Looks at `events` and hands them on."""
         for event in events:
+            if isinstance(event, TextDelta):
+                continue
             if isinstance(event, ThinkingDelta):
                 if not self._thought:
                     self._thought = True
@@ -7160,7 +7172,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         limit = self.context.config.max_body
         body = await BodyReader(self, request, limit).read_all()
         coding = request.headers.get("content-encoding")
-        return unpack_body(body, coding.strip().lower(), limit) if coding else body
+        return await work(unpack_body, body, coding.strip().lower(), limit) if coding else body
 
     # -- writing
 
@@ -7765,4 +7777,4 @@ def main(argv: Optional[list] = None, outlive: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(outlive=True))
+    sys.exit(main(outlive=os.name == "posix"))     # Windows' main thread hears Ctrl-C only while it runs
