@@ -456,7 +456,7 @@ _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_ci
 encode_text = json.encoder.encode_basestring_ascii
 
 _NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b'[]{}"\\')))
-_STRING_SHAPE = re.compile(rb'"(?:\\.|[^"\\])*"?', re.S)
+_STRING_SHAPE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)
 
 
 def dump(value: Any) -> bytes:
@@ -496,7 +496,7 @@ def _without_long_texts(value: Any, texts: list) -> Any:
 
 
 def json_depth(data: bytes) -> int:
-    """How deep arrays and objects nest, strings left aside; never raises on broken JSON."""
+    """How deep arrays and objects nest, up to MAX_JSON_DEPTH, strings left aside; broken JSON is no matter."""
     if data.count(b"[") + data.count(b"{") < MAX_JSON_DEPTH:
         return 0
     skeleton = data.translate(None, _NOT_STRUCTURE)     # only brackets, quotes and backslashes remain
@@ -506,6 +506,8 @@ def json_depth(data: bytes) -> int:
             depth += 1
             if depth > deepest:
                 deepest = depth
+                if depth >= MAX_JSON_DEPTH:
+                    break
         elif byte in b"]}":
             depth -= 1
     return deepest
@@ -536,10 +538,10 @@ def load_request(data: bytes) -> dict:
     """
     if not data or data.isspace():
         raise BadRequest("missing request body")
-    if json_depth(data) >= MAX_JSON_DEPTH:
-        raise BadRequest("exceeded max depth")
     if len(data) > MAX_JSON_VALUES and data.count(b",") > MAX_JSON_VALUES:
         raise BadRequest(f"more than {MAX_JSON_VALUES} values in one request", 413)
+    if json_depth(data) >= MAX_JSON_DEPTH:
+        raise BadRequest("exceeded max depth")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -645,6 +647,7 @@ class FrameDecoder:
         self._first = True
         self._bare = False
         self.stray: list[bytes] = []
+        self.fault: Optional[BadUpstreamPayload] = None     # to be raised once the frames before it are used
 
     def feed(self, data: bytes) -> list[tuple]:
         """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
@@ -670,8 +673,9 @@ class FrameDecoder:
                 self._data(line[5:].strip(), frames)
             elif not line:
                 if self._pending and not self._bare:
-                    raise BadUpstreamPayload("upstream sent an event that is not JSON: "
-                                             + one_line(b" ".join(self._pending)))
+                    self.fault = BadUpstreamPayload("upstream sent an event that is not JSON: "
+                                                    + one_line(b" ".join(self._pending)))
+                    break
                 self._event = ""
             elif line[:6] == b"event:":
                 self._event = str(line[6:].strip(), "utf-8", "replace")
@@ -789,13 +793,13 @@ class ChunkedDecoder:
         end = len(data)
         try:
             at = self._step(data, at, pieces)
-            self._understood = end
             self._skip = max(0, at - end)
             if at < end:
                 self._passed = 2 if end - at > 1 else 0
                 self._held = data[at:]
                 end = at + self._passed
             if self._trailers:
+                self._understood = end
                 self._finish()
         except ValueError:
             self.salvaged = data[start:self._understood] if self._framed else b"".join(pieces)
@@ -900,6 +904,8 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Returns body bytes.  Raises BadUpstreamPayload on broken framing or compression."""
+        if self.broken is not None:
+            raise self.broken
         if self._chunks is not None:
             try:
                 data = self._chunks.feed(data)
@@ -1283,6 +1289,8 @@ def parse_stop(value: Any) -> list:
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise BadRequest('option "stop" must be of type array of strings')
+    if len(value) > 64 or any(len(item) > 256 for item in value):
+        raise BadRequest('option "stop": at most 64 strings of at most 256 characters are supported')
     return [item for item in value if item]
 
 
@@ -1565,7 +1573,9 @@ def pack_context(conversation: tuple, answer: str) -> list[int]:
     turns = [[turn.role, turn.content] for turn in conversation] + [["assistant", answer]]
     data = zlib.compress(dump(turns), 1)
     while len(data) > CONTEXT_BYTES and len(turns) > 2:
-        del turns[0 if turns[0][0] != "system" else 1]
+        first = turns[0][0] == "system"         # the oldest go first, but for the system text
+        surplus = len(turns) - int(len(turns) * 0.8 * CONTEXT_BYTES / len(data))
+        del turns[first:first + max(1, min(surplus, len(turns) - 2))]
         data = zlib.compress(dump(turns), 1)
     padded = data + b"\0" * (-len(data) % 3)
     return [_CONTEXT_MARK, len(data)] + [int.from_bytes(padded[at:at + 3], "big") for at in range(0, len(padded), 3)]
@@ -2289,7 +2299,8 @@ def render_openai_messages(messages: tuple, habits: Habits) -> list[dict]:
             wire.append(turns[0])
             late += turns[1:]
             continue
-        wire, late = wire + late, []
+        wire += late
+        late = []
         if habits.bridge and wire and wire[-1]["role"] == "tool" and message.role == "user":
             wire.append({"role": "assistant", "content": "OK."})
         wire += turns
@@ -2611,6 +2622,8 @@ class OpenAIDecoder:
                     self._finish(events)
                 else:
                     self._frame(event, value, events)
+            if self._frames.fault is not None and not self.done:
+                raise self._frames.fault
         except UpstreamError as error:
             self._fail(events, error)
         return events
@@ -2890,7 +2903,8 @@ class OpenAIEncoder:
         if self._around is None:
             frame = self.encode(TextDelta("\x01"))
             self._deltas -= 1
-            self._around = tuple(frame.split(b"\\u0001"))
+            before, _, after = frame.rpartition(b"\\u0001")
+            self._around = before, after
         self._deltas += len(texts)
         return self._around
 
@@ -3073,11 +3087,17 @@ class StopStrings:
         if found:
             text, self._held, self.ended = self._held[:min(found)], "", True
             return text
-        keep = max((size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
-                   default=0)
-        cut = len(self._held) - keep
+        cut = min(map(self._beginning_of, self._stops))
         text, self._held = self._held[:cut], self._held[cut:]
         return text
+
+    def _beginning_of(self, stop: str) -> int:
+        """Where the held text may begin to be `stop`; its end when it does not."""
+        held = self._held
+        at = held.find(stop[0], max(0, len(held) - len(stop) + 1))
+        while at >= 0 and not stop.startswith(held[at:]):
+            at = held.find(stop[0], at + 1)
+        return at if at >= 0 else len(held)
 
     def close(self) -> str:
         """Returns what was no stop string after all."""
@@ -3153,7 +3173,7 @@ class Shortcut:
 
     def feed(self, data: bytes, ordinary: Callable) -> bytes:
         """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
-        if self._plain and not self._rest and data.endswith(self._tail) and data.startswith(self._head):
+        if self._head and self._plain and not self._rest and data.endswith(self._tail) and data.startswith(self._head):
             text = _PLAIN_KNOWN.get(data[len(self._head):-len(self._tail)])
             if text:                    # one frame with a token that was met before: what slow models send
                 return self._lines([text])
@@ -3200,7 +3220,7 @@ class Shortcut:
         at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
         self._head, self._tail = frame[:at], frame[at + len(text) - 2:]
         if not at or self._decoder.text_of(self._head + b"probe" + self._tail) != "probe":
-            self._head = b""
+            self._head = self._tail = b""
             return
         self._vain += 1
         self._between, self._pattern = self._tail + self._head, None
@@ -3208,7 +3228,7 @@ class Shortcut:
         if stamp:
             before, after = self._head[:stamp.start()], self._head[stamp.end():]
             self._pattern = re.compile(re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
-                                       + rb'((?:[^"\\]|\\.)*)' + re.escape(self._tail))
+                                       + rb'([^"\\]*(?:\\.[^"\\]*)*)' + re.escape(self._tail))
             self._head, self._fixed = before, len(self._head) + len(self._tail)
 
     def _take(self, data: bytes, ordinary: Callable) -> tuple[bytes, bytes]:
@@ -5619,6 +5639,7 @@ class Log:
         self.debugging = config.debug and not config.no_log
         self._quiet = config.no_log
         self._lock = threading.Lock()
+        self._lost = 0                  # lines that nobody took
         self._second = (0, "")
 
     def redact(self, text: str) -> str:
@@ -5654,13 +5675,33 @@ class Log:
             self._write(sys.stderr, one_line(self.redact(text), 1000))
 
     def _write(self, stream: Any, line: str) -> None:
+        """Writes unless that would wait: whoever does not read the log must not stop the proxy."""
         try:
             text = line if line.isascii() else line.encode("utf-8", "replace").decode("utf-8")
             with self._lock:
-                stream.write(text + "\n")
-                stream.flush()
+                if self._lost:
+                    text = f"({self._lost} lines were lost: nobody read the log)\n{text}"
+                for at in range(0, len(text), 4000):    # a pipe that is ready takes 4096 bytes
+                    if not takes_more(stream):
+                        self._lost += 1
+                        return
+                    stream.write(text[at:at + 4000] + ("\n" if at + 4000 >= len(text) else ""))
+                    stream.flush()
+                self._lost = 0
         except (OSError, ValueError, AttributeError, UnicodeError):
             pass
+
+
+def takes_more(stream: Any) -> bool:
+    """Whether a write to a pipe or a terminal goes on at once, as far as the system tells (POSIX)."""
+    if not hasattr(select, "poll"):
+        return True
+    try:
+        poller = select.poll()
+        poller.register(stream.fileno(), select.POLLOUT)
+        return bool(poller.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return True                     # no file at all, such as a test's
 
 
 class Context:
@@ -6057,7 +6098,9 @@ async def peek(reply: Reply, pipe: Pipe, tap: Optional[Callable]) -> bytes:
             tap("Target chunk", data)
         out = pipe.feed(data) if data else pipe.close()
         if pipe.started:
-            if reply.body.done and not pipe.done:
+            if reply.body.broken is not None:
+                out += pipe.fail(reply.body.broken)
+            elif reply.body.done and not pipe.done:
                 out += pipe.close()
             return out
         if not data:
@@ -6349,7 +6392,7 @@ async def relay(scope: Scope, request: Request, target: Target, path: str, body:
     return Response(reply.status, media_type=media_type, headers=answer_headers(reply), pipe=pipe, reply=reply)
 
 
-_MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+_MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 def with_model(data: bytes, body: dict, model: str) -> bytes:
@@ -6384,8 +6427,8 @@ async def relay_openai(request: Request, scope: Scope) -> Response:
     data, body = request.body, None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if data and media_type == "multipart/form-data":
-        found = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', data)
         if context.catalogue.filtered:
+            found = re.search(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n', data)
             await context.find_model(found[1].decode("utf-8", "replace") if found else "")
     elif data and (request.method == "POST" or context.catalogue.filtered):
         body = load_request(data)
@@ -6680,6 +6723,8 @@ _KNOWN_HEADS: dict = {}                 # heads without the number of their Cont
 def read_request_head(head: bytes) -> Request:
     """parse_request_head(), remembered: a client's requests differ in the length of their bodies alone."""
     length = _LENGTH.search(head)
+    if length is None and b"length" in head.lower():
+        return parse_request_head(head)         # written in a way of its own: not to be mixed up with others
     key = head[:length.start(1)] + head[length.end(1):] if length else head
     known = _KNOWN_HEADS.get(key)
     if known is None:
@@ -6877,19 +6922,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     async def _accept(self) -> None:
         while not self.draining:
+            await wait(self.socket, READ, 1e9)
             try:
-                connection, address = self.get_request()
+                for _ in range(32):     # then those who are here already have their turn
+                    self.process_request(*self.get_request())
             except BlockingIOError:
-                try:
-                    await wait(self.socket, READ, 1e9)
-                except OSError:
-                    return
+                pass
             except OSError:
-                if self.draining:
-                    return
                 await pause(0.05)       # out of descriptors the listener stays ready: do not spin
-            else:
-                self.process_request(connection, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A connection begins."""
@@ -6946,7 +6986,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`, ends the loop."""
         self.loop.post(self._close_door)
         self._all_answered.wait(seconds)
-        self.shutdown()
+        self.loop.stop()
+        self._ended.wait(1.0)
 
     def _close_door(self) -> None:
         self.draining = True
@@ -7109,10 +7150,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     async def _read_head(self) -> Optional[bytes]:
         """The bytes of one request head, without its empty line; None when the client has left."""
         data = self._buffer
-        deadline = 0.0
+        deadline, empty = 0.0, 0
         while True:
             while data[:2] == b"\r\n":          # RFC 9112 section 2.2: empty lines before a request
-                data = data[2:]
+                data, empty = data[2:], empty + 1
+                if empty > 8:
+                    raise BadRequest("malformed request line", close=True)
             end = data.find(b"\r\n\r\n")
             if end >= 0:
                 self._buffer = data[end + 4:]
@@ -7340,8 +7383,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Reads and drops what the client still sends: closing at once would reset the connection, and
         the client would never see why."""
         until = time.monotonic() + LINGER
-        socket.socket.shutdown(self.connection, socket.SHUT_WR)
-        while time.monotonic() < until and await receive(self.connection, until - time.monotonic()):
+        try:
+            socket.socket.shutdown(self.connection, socket.SHUT_WR)
+            while time.monotonic() < until and await receive(self.connection, until - time.monotonic()):
+                pass
+        except (OSError, Expired, ClientGone):
             pass
 
 
@@ -7665,8 +7711,9 @@ class Stop:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
 
-def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False) -> int:
+def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False, workers: Iterable = ()) -> int:
     """Runs until SIGINT or SIGTERM; then lets streams end for --grace seconds.  A second signal cuts them.
+    Both are passed on to `workers`, process ids.
 
     With `outlive` it returns at once, and a thread goes on until then: the syntax tree of a script, 20 MB,
     stays in memory until the last line of the script has run.
@@ -7682,6 +7729,7 @@ def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False) -> in
             give_back_memory()
         while not stop.asked.wait(0.5):     # without a time-out Windows does not notice Ctrl-C
             pass
+        pass_on(workers)
         drained = threading.Event()
 
         def drain() -> None:
@@ -7691,12 +7739,23 @@ def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False) -> in
         threading.Thread(target=drain, name="drain", daemon=True).start()
         while not drained.wait(0.1) and not stop.insisted.is_set():
             pass
+        if stop.insisted.is_set():
+            pass_on(workers)
 
     if outlive:
         threading.Thread(target=attend, name="attend").start()
     else:
         attend()
     return 0
+
+
+def pass_on(workers: Iterable) -> None:
+    """SIGTERM for other processes."""
+    for pid in workers:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except OSError:
+            pass
 
 
 def give_back_memory() -> None:
@@ -7724,12 +7783,7 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
             threading.Thread(target=follow, daemon=True).start()
             os._exit(serve(ProxyServer(context_for(config), config.address, server.socket), quiet=True))
         children.append(pid)
-    status = serve(server)
-    for pid in children:
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except OSError:
-            pass
+    status = serve(server, workers=children)
     for pid in children:
         try:
             os.waitpid(pid, 0)

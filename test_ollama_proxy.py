@@ -4397,6 +4397,131 @@ def test_a_nested_model_field_leaves_the_relayed_bytes_alone(proxy, target):
     assert target.calls("/v1/chat/completions")[-1].data == body
 
 
+@cases("line", [b"Content-Length:44", b"CONTENT-LENGTH: 44", b"Content-Length:  44", b"Content-Length:\t44", b"content-length: 44 "])
+def test_a_length_counts_however_it_is_written(start, target, line):
+    proxy = start("--target-api", "openai")
+    inner = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"[:44].ljust(44)
+    for _ in range(2):                  # the second time the head may be remembered
+        data = proxy.raw(b"POST /api/me HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + line + b"\r\n\r\n" + inner)
+        assert data.count(b"HTTP/1.1 ") == 1
+
+
+def test_an_empty_length_is_refused_also_after_a_good_one(start, target):
+    proxy = start("--target-api", "openai")
+    head = b"POST /api/me HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %b\r\n\r\n"
+    assert b" 200 " in proxy.raw(head % b"2" + b"{}") and b" 400 " in proxy.raw(head % b"")
+
+
+def test_the_shortcut_knows_text_from_the_beginning_of_a_frame():
+    call = chat_call("chat")
+    for token in ("data", "d", "da", "data:"):      # met before, in another stream
+        proxy_module.plain_text(token.encode())
+    for text in ("\U0001f600", ">", "\u00e9\u00e9"):
+        frame = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % "".join(
+            f"\\u{int.from_bytes(text.encode('utf-16-be')[at:at + 2], 'big'):04x}" for at in range(0, len(text.encode("utf-16-be")), 2)).encode()
+        pieces = [frame] * 4 + [sse(STOP)]
+        outs = []
+        for shortcut in (True, False):
+            pipe = Pipe(OpenAIDecoder(call), OllamaEncoder(call, StillClock, 1, 2), None, chunked=False, shortcut=shortcut)
+            outs.append(b"".join(map(pipe.feed, pieces)))
+        assert outs[0] == outs[1] and outs[0].count(json.dumps(text).encode()) == 4
+
+
+def test_a_client_that_resets_after_a_refusal_is_counted_once(start, target):
+    proxy = start("--target-api", "openai")
+    for _ in range(3):
+        with proxy.dial() as sock:
+            sock.sendall(http_request("POST", "/nope", b"", "Content-Length: 100000"))
+            read_until(sock, b"\r\n\r\n")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert proxy.call("GET", "/health").status == 200
+    done = threading.Event()
+    for _ in range(200):
+        proxy.context.loop.post(lambda: done.set() if proxy.server.connections == 0 else None)
+        if done.wait(0.02):
+            break
+    assert proxy.server.calls == 0 and sum("/nope" in line for line in proxy.logged) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX tells whether a pipe takes more") if pytest else lambda f: f
+def test_a_log_that_nobody_reads_stops_nothing():
+    log = proxy_module.Log(Config.from_args([], {}))
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        for number in range(3000):      # a pipe holds 64 KiB
+            log._write(stream, f"{number} " + "x" * 100)
+        log._write(stream, "y" * 30000)
+        data = os.read(reader, 1 << 20)
+        while not data.endswith(b"last\n"):
+            log._write(stream, "last")
+            data += os.read(reader, 1 << 20)
+    os.close(reader)
+    lost = int(re.search(rb"\((\d+) lines were lost", data)[1])
+    assert 2000 < lost <= 3001 and data.startswith(b"0 x")
+
+
+def test_hostile_requests_take_no_time_that_grows_with_their_square(start, target):
+    """Without their bounds each of these takes minutes."""
+    chance = random.Random(3)
+    turns = tuple(Message("user", "".join(chance.choices("abcdefghij ", k=2000))) for _ in range(3000))
+    numbers = proxy_module.pack_context((Message("system", "first"),) + turns, "answer")
+    back = proxy_module.unpack_context(numbers)
+    assert back[0].content == "first" and back[-1].content == "answer" and 10 < len(back) < 3000
+    with pytest.raises(BadRequest):
+        proxy_module.parse_stop(["x" * 150000] * 5)
+    stops = proxy_module.StopStrings(["a" * 255 + "b"] * 64)
+    assert "".join(stops.feed("a" * 50) for _ in range(100)) + stops.close() == "a" * 5000
+    assert len(proxy_module.render_openai_messages((Message("user", "x"),) * 40000, Habits())) == 40000
+    assert proxy_module.json_depth(b"[" * 5_000_000) == proxy_module.MAX_JSON_DEPTH
+    target.answers["/v1/audio/transcriptions"] = http_answer({"text": "x"})
+    proxy = start("--target-api", "openai", "--alias", "other=m")
+    answer = proxy.post("/v1/audio/transcriptions", b"name=model\r\n" * 30000, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert answer.status == 404         # no model was named
+
+
+@cases("fault, line", [(b"zz\r\n", "chunked coding"), (b"5\r\nhelloXX", "chunked coding")])
+def test_a_fault_right_behind_the_first_token_ends_the_stream_at_once(start, target, fault, line):
+    def script(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)) + fault)
+        talk.wait_closed()
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    values = proxy.lines("/api/chat", CHAT)
+    assert values[0]["message"]["content"] == "Hel" and line in values[-1]["error"]
+    assert target.peer_closed.wait(PATIENCE)
+
+
+def test_empty_lines_before_a_request_are_few(start, target):
+    proxy = start("--target-api", "openai")
+    assert proxy.raw(b"\r\n" * 3 + http_request("GET", "/api/version", b"", "Connection: close")).startswith(b"HTTP/1.1 200")
+    assert proxy.raw(b"\r\n" * 30000).startswith(b"HTTP/1.1 400")
+
+
+def test_a_relay_does_not_pass_on_the_end_of_a_body_with_a_bad_trailer():
+    decoder = ChunkedDecoder(framed=True)
+    with pytest.raises(ValueError):
+        decoder.feed(b"3\r\nabc\r\n0\r\nbad trailer\r\n\r\n")
+    assert decoder.salvaged == b"3\r\nabc\r\n"
+
+
+def test_frames_before_garbage_in_the_same_read_are_not_lost():
+    call = chat_call("chat")
+    for shortcut in (True, False):
+        pipe = Pipe(OpenAIDecoder(call), OllamaEncoder(call, StillClock, 1, 2), None, chunked=False, shortcut=shortcut)
+        out = pipe.feed(sse(delta("A"), delta("B"), done=False) + b"data: garbage\n\n")
+        values = [json.loads(line) for line in out.splitlines()]
+        assert [value["message"]["content"] for value in values[:-1]] == ["A", "B"] and "not JSON" in values[-1]["error"]
+
+
+def test_a_model_name_of_control_characters_is_only_a_name():
+    call = chat_call("chat")._replace(model="a\x01b")
+    pipe = Pipe(OllamaDecoder(call), OpenAIEncoder(call, StillClock, 1, 2), None, chunked=False)
+    lines = [json.dumps({"model": "m", "created_at": "x", "message": {"role": "assistant", "content": word}, "done": False}).encode() + b"\n" for word in "abcd"]
+    out = b"".join(map(pipe.feed, lines))
+    assert [json.loads(frame[6:])["choices"][0]["delta"]["content"] for frame in out.split(b"\n\n")[1:-1]] == ["b", "c", "d"]
+
+
 # ----------------------------------------------------------------------------
 # --bench: processor time of the proxy per unit of work, with nothing but Python
 # ----------------------------------------------------------------------------
