@@ -782,8 +782,9 @@ class ChunkedDecoder:
         if self._held == b"\r\n":       # between two chunks; what slow models send is one chunk at a time
             line = data[:data.find(b"\n") + 1]
             if _STRIDES.get(len(line) + 2, _STRIDES[6]).get(b"\r\n" + line) == len(data) and data.endswith(b"\r\n"):
-                content = len(data) - len(line) - 2
-                self.content += content
+                self.content += len(data) - len(line) - 2
+                if self.content > self._limit:
+                    raise BodyTooLarge("body too large")
                 return data if self._framed else data[len(line):-2]
         start, at = 0, self._skip
         if self._held:
@@ -3954,7 +3955,7 @@ def work(do: Callable, *arguments: Any, discard: Optional[Callable] = None) -> A
 
 @types.coroutine
 def pause(seconds: float) -> Any:
-    """Sleeps, as precisely as the loop sweeps.  Raises ClientGone."""
+    """Sleeps for `seconds`, or up to a grain of the loop (at most a second) more.  Raises ClientGone."""
     try:
         yield None, 0, seconds
     except Expired:
@@ -4052,10 +4053,10 @@ class EpollPoller:
                 if self.masks.pop(fd, 0):
                     self._epoll.unregister(fd)
                 return
+            (self._epoll.modify if known else self._epoll.register)(fd, mask & 0x2005)      # HUP and ERR always are
             self.masks[fd] = mask
-            (self._epoll.modify if known else self._epoll.register)(fd, mask & 0x2005)
         except (OSError, ValueError):
-            pass                        # closed already: the kernel has forgotten it
+            self.masks.pop(fd, None)    # closed already: the kernel has forgotten it
 
     def is_gone(self, sock: Any) -> bool:
         """Asks again about one socket: a number may be a new client's by the time its event is read."""
@@ -4065,8 +4066,8 @@ class EpollPoller:
 
 
 class SelectorPoller:
-    """macOS, Windows: a hang-up is a readable socket with nothing to read; a client that has sent its
-    next request already is no longer watched."""
+    """macOS, Windows: a hang-up is a readable socket with nothing to read; a client that has sent its next
+    request already, or the good-bye of TLS, is no longer watched."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -4076,17 +4077,17 @@ class SelectorPoller:
         """As EpollPoller.set."""
         events = (selectors.EVENT_READ if mask & (READ | GONE) else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
         try:
-            if not mask:
+            if not events:
                 if self.masks.pop(fd, 0):
                     self._selector.unregister(fd)
-            elif fd in self.masks:
+                return
+            if fd in self.masks:
                 self._selector.modify(fd, events, sock)
             else:
                 self._selector.register(fd, events, sock)
-        except (OSError, ValueError, KeyError):
-            pass
-        if mask:
             self.masks[fd] = mask
+        except (OSError, ValueError, KeyError):
+            self.masks.pop(fd, None)
 
     def poll(self, timeout: float) -> list:
         """[(descriptor, flags)] of what is ready."""
@@ -4113,7 +4114,11 @@ class SelectorPoller:
 
 
 class Task:
-    """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's)."""
+    """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's).
+
+    `_since` and `_limit` are when the wait began and how many seconds it may take; `_asked` is work under
+    way in another thread, which no sweep ends.
+    """
 
     __slots__ = ("_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "_since", "_limit", "_asked")
 
@@ -4125,17 +4130,21 @@ class Task:
         self._asked: Optional[Work] = None
 
     def ready(self, fd: int, flags: int) -> None:
-        """Something happened to a socket of this task."""
+        """Something happened to a socket of this task.
+
+        What it waits for: go on.  Another one has bytes or room: do not report it again, or the loop spins.
+        The end of what it waits for: go on, the next call will tell.  The end of another upstream: not now.
+        The client has left: ask again, because the number may be a new client's, then say so.
+        """
         if fd == self._fd and flags & self._mask:
             self.step(self._coroutine.send, None)
         elif not flags & GONE:
-            # Nobody waits for this now, such as the bytes of a client's next request: do not report it again.
             self._loop.poller.set(self._client if fd == self._client_fd else self._sock, fd,
                                   (self._mask if fd == self._fd else 0) | (GONE if fd == self._client_fd else 0))
         elif fd == self._fd and (fd != self._client_fd or self._mask & READ):
-            self.step(self._coroutine.send, None)           # the next recv or send will tell
+            self.step(self._coroutine.send, None)
         elif fd != self._client_fd:
-            self._loop.poller.set(None, fd, 0)              # the upstream has ended before we had use for that
+            self._loop.poller.set(None, fd, 0)
         elif self._loop.poller.is_gone(self._client):
             self.step(self._coroutine.throw, ClientGone("client closed the connection"))
 
@@ -4235,8 +4244,11 @@ class Loop:
         self.poller.set(sock, fd, 0)
 
     def release(self, sock: Any) -> None:
-        """An idle socket that belongs to no task for a while."""
+        """An idle connection of a pool.  It stays registered, which saves two system calls a request: when the
+        target closes it, run() finds no task, unregisters it, and the pool throws it away."""
         self.entries.pop(sock.fileno(), None)
+        if isinstance(self.poller, SelectorPoller):
+            self.poller.set(sock, sock.fileno(), 0)     # Windows selects among 512 sockets only
 
     def post(self, do: Callable, *arguments: Any) -> None:
         """Calls do(*arguments) in the loop's thread, soon."""
@@ -4261,12 +4273,15 @@ class Loop:
             self.now = now = time.monotonic()
             for fd, flags in ready:
                 entry = entries.get(fd)
-                if entry is not None:
-                    entry.ready(fd, flags)
-                elif fd == ear:
-                    self._hear()
-                else:
-                    poller.set(None, fd, 0)     # an idle upstream that was closed: its pool will notice
+                try:
+                    if entry is not None:
+                        entry.ready(fd, flags)
+                    elif fd == ear:
+                        self._hear()
+                    else:
+                        poller.set(None, fd, 0)     # an idle upstream that was closed: its pool will notice
+                except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
+                    complain(error)
             if now - swept >= self._grain:
                 swept = now
                 for task in list(self.tasks):
@@ -4533,7 +4548,7 @@ class Upstream:
     # -- requests
 
     async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
-                   timeout: Optional[float] = None, pooled: bool = True) -> Reply:
+                   timeout: Optional[float] = None) -> Reply:
         """Sends one request; returns when the head of the answer is there.
 
         `path` is complete; `body` is bytes, or a coroutine function whose pieces, up to an empty one, are
@@ -4542,7 +4557,7 @@ class Upstream:
         Raises UpstreamUnreachable, UpstreamTimeout or BadUpstreamPayload.
         """
         for _ in range(4):
-            reply = await self._exchange(target, method, path, headers, body, timeout, pooled)
+            reply = await self._exchange(target, method, path, headers, body, timeout)
             if reply.status not in (301, 302, 303, 307, 308):
                 return reply
             reply.close()
@@ -4564,8 +4579,9 @@ class Upstream:
         return where.path + (f"?{where.query}" if where.query else "")
 
     async def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
-                        timeout: Optional[float], pooled: bool) -> Reply:
-        via = self._proxy_for(target)
+                        timeout: Optional[float]) -> Reply:
+        place = target.scheme, target.host, target.port
+        via = self._routes[place] if place in self._routes else await work(self._proxy_for, target)
         wire = self._request_head(target, method, path, tuple(headers), via)
         if not isinstance(body, bytes):
             wire += b"Transfer-Encoding: chunked\r\n\r\n"
@@ -4574,7 +4590,7 @@ class Upstream:
         else:
             wire += b"\r\n"
         patience = timeout or self._config.timeout
-        key = (target.scheme, target.host, target.port, via[:2] if via else None) if pooled and self._loop else None
+        key = (target.scheme, target.host, target.port, via[:2] if via else None) if self._loop else None
         for fresh in (False, True):
             # A body that streams can be sent once: not on a connection that may be dead.
             sock = None if fresh or key is None or not isinstance(body, bytes) else self._take(key)
@@ -4584,7 +4600,7 @@ class Upstream:
                                   discard=close_quietly)
             begun = time.monotonic()
             try:
-                head, rest = await self._ask(sock, wire, body, begun + patience, target)
+                head, rest = await self._ask(sock, wire, body, patience, target)
                 return Reply(self, key, sock, head, rest, patience, method == "HEAD")
             except _NoAnswer:
                 self.end(sock)
@@ -4612,8 +4628,9 @@ class Upstream:
             known = self._heads[key] = "\r\n".join(lines + [""]).encode("latin-1", "replace")
         return known
 
-    async def _ask(self, sock: socket.socket, wire: bytes, body: Any, deadline: float, target: Target) -> tuple:
+    async def _ask(self, sock: socket.socket, wire: bytes, body: Any, patience: float, target: Target) -> tuple:
         """One request on one connection -> (parsed head, bytes after it)."""
+        deadline = time.monotonic() + patience
         broken: Optional[OSError] = None
         try:
             if not isinstance(body, bytes):
@@ -4631,7 +4648,7 @@ class Upstream:
         data = b""
         while True:
             try:
-                piece = await self.receive(sock, max(0.0, deadline - time.monotonic()))
+                piece = await self.receive(sock, patience, max(0.0, deadline - time.monotonic()))
             except StreamTruncated:
                 piece = b""
             data = data + piece if data else piece
@@ -4664,12 +4681,12 @@ class Upstream:
             piece = await read()
         await send_all(sock, LAST_CHUNK, self._config.timeout)
 
-    async def receive(self, sock: socket.socket, patience: float) -> bytes:
-        """One recv with the errors of room 3."""
+    async def receive(self, sock: socket.socket, patience: float, left: Optional[float] = None) -> bytes:
+        """One recv with the errors of room 3; `left` is what is left of the patience, when not all of it."""
         try:
-            return await receive(sock, patience)
+            return await receive(sock, patience if left is None else left)
         except Expired:
-            raise UpstreamTimeout(f"upstream was silent for {self._config.timeout:g} s") from None
+            raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
         except OSError as error:
             raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
 
@@ -4750,25 +4767,28 @@ class Upstream:
             return self._context
 
     def _proxy_for(self, target: Target) -> Optional[tuple]:
-        """(host, port, Proxy-Authorization value) of the proxy on the way, or None.  Loopback has none."""
-        place = target.scheme, target.host, target.port
-        known = self._routes.get(place, self)
-        if known is not self:
-            return known
+        """(host, port, Proxy-Authorization value) of the proxy on the way, or None.  Loopback has none.
+
+        It may look up names, so it blocks.
+        """
         route = None
         if not is_loopback(target.host):
             import urllib.request                   # reads the system's settings on macOS and Windows
             address = urllib.request.getproxies().get(target.scheme)
             if address and not urllib.request.proxy_bypass(f"{target.host}:{target.port}") \
                     and not urllib.request.proxy_bypass(target.host):
-                parts = urllib.parse.urlsplit(address if "://" in address else "http://" + address)
+                try:
+                    parts = urllib.parse.urlsplit(address if "://" in address else "http://" + address)
+                    port = parts.port or 8080
+                except ValueError as error:
+                    raise UpstreamUnreachable(f"{target.scheme.upper()}_PROXY is no address: {error}") from None
                 login = ""
                 if parts.username is not None:
                     pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
                     login = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
                 if parts.hostname:
-                    route = (parts.hostname, parts.port or 8080, login)
-        self._routes[place] = route
+                    route = (parts.hostname, port, login)
+        self._routes[target.scheme, target.host, target.port] = route
         return route
 
 
@@ -5680,12 +5700,12 @@ class Log:
             text = line if line.isascii() else line.encode("utf-8", "replace").decode("utf-8")
             with self._lock:
                 if self._lost:
-                    text = f"({self._lost} lines were lost: nobody read the log)\n{text}"
-                for at in range(0, len(text), 4000):    # a pipe that is ready takes 4096 bytes
+                    text = f"\n({self._lost} lines were lost: nobody read the log)\n{text}"
+                for at in range(0, len(text), 1000):    # a pipe that is ready takes 4096 bytes
                     if not takes_more(stream):
                         self._lost += 1
                         return
-                    stream.write(text[at:at + 4000] + ("\n" if at + 4000 >= len(text) else ""))
+                    stream.write(text[at:at + 1000] + ("\n" if at + 1000 >= len(text) else ""))
                     stream.flush()
                 self._lost = 0
         except (OSError, ValueError, AttributeError, UnicodeError):
@@ -5714,6 +5734,7 @@ class Context:
         self.clock = Clock()
         self.loop = loop
         self.upstream = Upstream(config, loop)
+        self._asking = Upstream(config)         # for threads beside the loop: nothing of it is the loop's
         self.healer = Healer()
         self.keepsakes = Keepsakes()
         self.openers: set = set()       # models whose answers begin inside a think tag
@@ -5809,8 +5830,8 @@ class Context:
 
         It blocks, and is for threads beside the loop.
         """
-        reply = drive(self.upstream.open(self.target, "GET", self.path(native, path),
-                                         self.headers() + [("Accept", JSON)], b"", timeout, pooled=False))
+        reply = drive(self._asking.open(self.target, "GET", self.path(native, path),
+                                        self.headers() + [("Accept", JSON)], b"", timeout))
         try:
             data = drive(reply.read(64 * 1024 * 1024))
         finally:
@@ -6705,8 +6726,8 @@ class AnthropicErrors:
 # ----------------------------------------------------------------------------
 # Room 15.  HTTP server: sockets to Request, Response to sockets
 #
-# http.server gives the frame (server, handler, threads).  Its header parser forgives what
-# smuggles requests, so the head is parsed here, strictly (RFC 9112), from one read.
+# The server accepts and counts; every connection is one task of the loop (room 9).  Heads are
+# parsed here, strictly (RFC 9112): http.server's own parser forgives what smuggles requests.
 # ----------------------------------------------------------------------------
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]{1,16384}) HTTP/1\.([01])")
@@ -6912,8 +6933,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.loop.spawn(self._accept())
         try:
             self.loop.run()
+        except Exception as error:      # noqa: BLE001  the boundary of this thread
+            complain(error)
         finally:
             self._ended.set()
+
+    @property
+    def has_ended(self) -> bool:
+        """The loop runs no more."""
+        return self._ended.is_set()
 
     def shutdown(self) -> None:
         """Stops the loop, from another thread."""
@@ -6926,19 +6954,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             try:
                 for _ in range(32):     # then those who are here already have their turn
                     self.process_request(*self.get_request())
-            except BlockingIOError:
-                pass
+            except (BlockingIOError, ConnectionError):
+                pass                    # no more of them, or one that left before it came in
             except OSError:
                 await pause(0.05)       # out of descriptors the listener stays ready: do not spin
+            except Exception as error:  # noqa: BLE001  a bug with one connection
+                complain(error)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A connection begins."""
-        request.setblocking(False)
         if self.connections >= self.most_connections:
             self._turn_away(request)
             return
         self.connections += 1
         try:
+            request.setblocking(False)
             if self.tls is not None:
                 request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             handler = ProxyHandler(request, client_address, self)
@@ -6951,6 +6981,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """503 for one client too many; never waits for it."""
         body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
         try:
+            request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                          b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         except OSError:
@@ -7080,8 +7111,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if not request.path.startswith("/v1"):
                     error = blame_our_key(self.context, error, request)
                 response = self._error_response(request, error)
-            except (OSError, Expired):
-                raise ClientGone("client closed the connection") from None
             except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
                 complain(error)
                 response = self._error_response(request, ProxyError("internal error"))
@@ -7427,7 +7456,10 @@ class BodyReader:
             raise self._too_large()
         if self._expects:
             self._expects = False
-            await send_all(handler.connection, b"HTTP/1.1 100 Continue\r\n\r\n", handler.patience)
+            try:
+                await send_all(handler.connection, b"HTTP/1.1 100 Continue\r\n\r\n", handler.patience)
+            except (OSError, Expired):
+                raise ClientGone("client closed the connection") from None
         data = await handler.receive(handler.patience)
         if not data:
             raise ClientGone("client left while sending its request")
@@ -7728,7 +7760,8 @@ def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False, worke
             threading.main_thread().join()
             give_back_memory()
         while not stop.asked.wait(0.5):     # without a time-out Windows does not notice Ctrl-C
-            pass
+            if server.has_ended:            # a bug: better no process than one that answers nobody
+                os._exit(1)
         pass_on(workers)
         drained = threading.Event()
 

@@ -997,6 +997,10 @@ def test_what_came_before_a_fault_in_chunked_coding_is_not_lost(framed):
 def test_chunked_coding_stops_at_its_limit():
     with pytest.raises(proxy_module.BodyTooLarge):
         ChunkedDecoder(limit=10).feed(b"b\r\nhello world\r\n0\r\n\r\n")
+    decoder = ChunkedDecoder(limit=20)
+    with pytest.raises(proxy_module.BodyTooLarge):
+        for _ in range(5):              # one chunk at a time
+            decoder.feed(b"8\r\naaaaaaaa\r\n")
 
 
 def test_long_texts_are_written_like_short_ones():
@@ -4520,6 +4524,35 @@ def test_a_model_name_of_control_characters_is_only_a_name():
     lines = [json.dumps({"model": "m", "created_at": "x", "message": {"role": "assistant", "content": word}, "done": False}).encode() + b"\n" for word in "abcd"]
     out = b"".join(map(pipe.feed, lines))
     assert [json.loads(frame[6:])["choices"][0]["delta"]["content"] for frame in out.split(b"\n\n")[1:-1]] == ["b", "c", "d"]
+
+
+def test_the_systems_proxy_settings_are_not_read_by_the_loop(start, target, monkeypatch):
+    import urllib.request
+    readers = []
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: readers.append(threading.current_thread().name) or {"http": "http://127.0.0.1:bad"})
+    monkeypatch.setattr(proxy_module, "is_loopback", lambda host: False)
+    proxy = start("--target-api", "openai")
+    answer = proxy.post("/api/chat", CHAT)
+    assert answer.status == 502 and "HTTP_PROXY" in json.loads(answer.data)["error"]
+    assert readers and not any("serve_forever" in name or name == "loop" for name in readers)
+
+
+@cases("poller", POLLERS)
+def test_a_bug_with_one_socket_is_not_the_end_of_all(start, target, poller, monkeypatch, capfd):
+    proxy = start("--target-api", "openai", poller=getattr(proxy_module, poller)())
+    ready = proxy_module.Task.ready
+
+    def stumble(self, fd, flags):
+        monkeypatch.setattr(proxy_module.Task, "ready", ready)
+        raise RuntimeError("a bug")
+
+    with proxy.dial() as sock:
+        sock.sendall(http_request("GET", "/api/version"))
+        read_until(sock, b"}")
+        monkeypatch.setattr(proxy_module.Task, "ready", stumble)
+        sock.sendall(http_request("GET", "/health"))
+        read_until(sock, b"ok")         # it is reported again
+    assert proxy.call("GET", "/api/version").status == 200 and "a bug" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------
