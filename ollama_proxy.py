@@ -3936,12 +3936,13 @@ class Expired(Exception):
 
 
 @types.coroutine
-def wait(sock: Any, mask: int, seconds: float) -> Any:
+def wait(sock: Any, mask: int, seconds: float, quick: bool = False) -> Any:
     """Until `sock` can be read or written.  Raises Expired, or ClientGone when the task's client leaves.
 
     Being woken is a hint: the operation may find that it would block still, and is then waited for again.
+    With `quick` it goes before what waits without: answers before new requests.
     """
-    yield sock, mask, seconds
+    yield sock, mask, seconds, quick
 
 
 @types.coroutine
@@ -3957,7 +3958,7 @@ def work(do: Callable, *arguments: Any, discard: Optional[Callable] = None) -> A
 def pause(seconds: float) -> Any:
     """Sleeps for `seconds`, or up to a grain of the loop (at most a second) more.  Raises ClientGone."""
     try:
-        yield None, 0, seconds
+        yield None, 0, seconds, False
     except Expired:
         pass
 
@@ -3982,11 +3983,11 @@ def holds_bytes(sock: Any) -> bool:
     return type(sock) is not socket.socket and sock.pending() > 0
 
 
-async def receive(sock: Any, seconds: float, size: int = 65536) -> bytes:
+async def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -> bytes:
     """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError or Expired."""
     while True:
         if not holds_bytes(sock):
-            await wait(sock, READ, seconds)
+            await wait(sock, READ, seconds, quick)
         try:
             return sock.recv(size)
         except OSError as error:
@@ -4024,7 +4025,7 @@ def drive(coroutine: Any) -> Any:
                 value = asked.do(*asked.arguments)
             elif asked[0] is None:
                 time.sleep(asked[2])
-            elif not is_ready(*asked):
+            elif not is_ready(*asked[:3]):
                 raise Expired
         except Exception as error:      # noqa: BLE001  the coroutine's to handle
             step, value = coroutine.throw, error
@@ -4120,11 +4121,12 @@ class Task:
     way in another thread, which no sweep ends.
     """
 
-    __slots__ = ("_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "_since", "_limit", "_asked")
+    __slots__ = ("quick", "_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "_since", "_limit", "_asked")
 
     def __init__(self, loop: "Loop", coroutine: Any, client: Any) -> None:
         self._loop, self._coroutine, self._client = loop, coroutine, client
         self._client_fd = client.fileno() if client is not None else -1
+        self.quick = False
         self._sock: Any = None
         self._fd, self._mask, self._since, self._limit = -1, 0, 0.0, 0.0
         self._asked: Optional[Work] = None
@@ -4175,7 +4177,7 @@ class Task:
                 complain(error)
                 return
             if type(asked) is tuple:
-                sock, self._mask, self._limit = asked
+                sock, self._mask, self._limit, self.quick = asked
                 self._since = loop.now
                 if sock is not None:
                     fd = sock.fileno()
@@ -4212,6 +4214,8 @@ class Task:
 
 class Loop:
     """Runs tasks in the thread that calls run().  Only post() and stop() are for other threads."""
+
+    _TURN = 0.001                   # seconds that new requests may take before answers have their turn
 
     def __init__(self, poller: Any = None, grain: float = 1.0) -> None:
         self.poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())
@@ -4266,28 +4270,40 @@ class Loop:
     def run(self) -> None:
         """The loop itself."""
         entries, poller, swept = self.entries, self.poller, 0.0
-        ear = self._ear.fileno()
-        poller.set(self._ear, ear, READ)
+        poller.set(self._ear, self._ear.fileno(), READ)
         while not self._stopped:
             ready = poller.poll(self._grain)
             self.now = now = time.monotonic()
-            for fd, flags in ready:
-                entry = entries.get(fd)
-                try:
-                    if entry is not None:
-                        entry.ready(fd, flags)
-                    elif fd == ear:
-                        self._hear()
-                    else:
-                        poller.set(None, fd, 0)     # an idle upstream that was closed: its pool will notice
-                except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
-                    complain(error)
+            slow = []
+            for event in ready:
+                entry = entries.get(event[0])
+                if entry is not None and entry.quick:
+                    self._serve(*event)
+                else:
+                    slow.append(event)
+            for event in slow:
+                self._serve(*event)
+                if time.monotonic() - now > self._TURN:
+                    break               # the others are reported again, behind the tokens that came meanwhile
             if now - swept >= self._grain:
                 swept = now
                 for task in list(self.tasks):
                     task.sweep()
         for task in list(self.tasks):
             task.close()
+
+    def _serve(self, fd: int, flags: int) -> None:
+        """One event: its task's business, unless it is nobody's."""
+        entry = self.entries.get(fd)
+        try:
+            if entry is not None:
+                entry.ready(fd, flags)
+            elif fd == self._ear.fileno():
+                self._hear()
+            else:
+                self.poller.set(None, fd, 0)    # an idle upstream that was closed: its pool will notice
+        except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
+            complain(error)
 
     def _hear(self) -> None:
         try:
@@ -4544,6 +4560,7 @@ class Upstream:
         self._context: Any = None
         self._routes: dict = {}         # (scheme, host, port) -> proxy or None
         self._heads: dict = {}
+        self._addresses: dict = {}      # (scheme, host, port) -> family and address that a plain dial led to
 
     # -- requests
 
@@ -4595,9 +4612,13 @@ class Upstream:
             # A body that streams can be sent once: not on a connection that may be dead.
             sock = None if fresh or key is None or not isinstance(body, bytes) else self._take(key)
             reused = sock is not None
+            if sock is None and self._loop and place in self._addresses:
+                sock = await self._dial_again(place)
             if sock is None:
                 sock = await work(self._dial, target, via, min(self._config.connect_timeout, timeout or 1e9),
                                   discard=close_quietly)
+                if via is None and target.scheme == "http":
+                    self._addresses[place] = sock.family, sock.getpeername()
             begun = time.monotonic()
             try:
                 head, rest = await self._ask(sock, wire, body, patience, target)
@@ -4684,7 +4705,7 @@ class Upstream:
     async def receive(self, sock: socket.socket, patience: float, left: Optional[float] = None) -> bytes:
         """One recv with the errors of room 3; `left` is what is left of the patience, when not all of it."""
         try:
-            return await receive(sock, patience if left is None else left, READ_SIZE)
+            return await receive(sock, patience if left is None else left, READ_SIZE, True)
         except Expired:
             raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
         except OSError as error:
@@ -4746,6 +4767,27 @@ class Upstream:
             raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
         connection.sock.setblocking(False)
         return connection.sock
+
+    async def _dial_again(self, place: tuple) -> Optional[socket.socket]:
+        """One more plain connection to an address that took one before, without a thread; None if it fails now."""
+        family, address = self._addresses[place]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            sock.connect_ex(address)
+            await wait(sock, WRITE, self._config.connect_timeout)
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                self._loop.poller.set(sock, sock.fileno(), READ)
+                return sock
+        except (OSError, Expired):
+            pass
+        except BaseException:
+            self.end(sock)
+            raise
+        self._addresses.pop(place, None)        # the name is looked up again
+        self.end(sock)
+        return None
 
     def _tls(self) -> Any:
         """The TLS settings, made when the first https target is dialled."""
@@ -7344,7 +7386,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 return
             try:
                 if not holds_bytes(sock):
-                    await wait(sock, READ, timeout)
+                    await wait(sock, READ, timeout, True)
                 size = sock.recv_into(loop.buffer)
             except Expired:
                 out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))

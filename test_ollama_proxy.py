@@ -3327,6 +3327,54 @@ def test_a_client_that_leaves_while_it_sends_its_request_is_let_go(start, target
 # -- the loop
 
 
+@cases("poller", POLLERS)
+@cases("turn", [0.001, -1.0])
+def test_answers_go_before_new_requests(poller, turn, monkeypatch):
+    monkeypatch.setattr(proxy_module.Loop, "_TURN", turn)       # -1: the turn of the slow is over after each of them
+    loop = proxy_module.Loop(getattr(proxy_module, poller)(), 0.05)
+    pairs, order = [socket.socketpair() for _ in range(6)], []
+
+    async def one(name, sock, quick):
+        assert await proxy_module.receive(sock, PATIENCE, quick=quick) == b"x"
+        order.append(name)
+        if len(order) == len(pairs):
+            loop.stop()
+
+    for number, (near, far) in enumerate(pairs):
+        near.setblocking(False)
+        loop.spawn(one(number, near, number >= 3))
+        far.send(b"x")
+    loop.run()
+    assert set(order[:3]) == {3, 4, 5} and set(order[3:]) == {0, 1, 2}
+    [sock.close() for pair in pairs for sock in pair]
+
+
+def test_a_known_address_is_dialled_without_a_thread(start, target, monkeypatch):
+    dial, dialled = proxy_module.Upstream._dial, []
+    monkeypatch.setattr(proxy_module.Upstream, "_dial", lambda self, *arguments: dialled.append(threading.current_thread()) or dial(self, *arguments))
+
+    def held(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(sse(delta("lo"), STOP)) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = [held, http_stream(HELLO)]
+    proxy = start("--target-api", "openai")
+    assert proxy.call("GET", "/api/tags").status == 200
+    before, seen = len(dialled), target.connections
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(sock, b"Hel")
+        assert proxy.lines("/api/chat", CHAT)[-1]["done"]       # while the first connection is busy
+        assert len(dialled) == before + 1 and target.connections == seen + 2
+        target.go.set()
+        read_until(sock, b'"done":true')
+    target.close()
+    proxy.context.upstream.close()      # and when the address does not answer any more, it is looked up again
+    answer = proxy.post("/api/chat", CHAT)
+    assert answer.status == 502 and b"refused" in answer.data and len(dialled) == before + 2
+
+
 def test_many_requests_in_one_read_do_not_keep_others_waiting(start, target):
     proxy = start("--target-api", "openai")
     gate = threading.Event()
