@@ -60,6 +60,7 @@ import argparse
 import base64
 import binascii
 import collections
+import errno
 import fnmatch
 import hashlib
 import hmac
@@ -4054,7 +4055,13 @@ class EpollPoller:
                 if self.masks.pop(fd, 0):
                     self._epoll.unregister(fd)
                 return
-            (self._epoll.modify if known else self._epoll.register)(fd, mask & 0x2005)      # HUP and ERR always are
+            change, other = self._epoll.modify, self._epoll.register
+            if not known:
+                change, other = other, change
+            try:
+                change(fd, mask & 0x2005)       # HUP and ERR are always reported
+            except (FileNotFoundError, FileExistsError):
+                other(fd, mask & 0x2005)        # what is known was an earlier socket's of the same number
             self.masks[fd] = mask
         except (OSError, ValueError):
             self.masks.pop(fd, None)    # closed already: the kernel has forgotten it
@@ -4743,11 +4750,11 @@ class Upstream:
         close_quietly(sock)
 
     def close(self) -> None:
-        """Ends all idle connections, once the loop has stopped."""
+        """Ends all idle connections; in the loop's thread, or once the loop has stopped."""
         idle, self._pool = self._pool, {}
         for socks in idle.values():
             for sock, _ in socks:
-                close_quietly(sock)
+                self.end(sock)
 
     def _dial(self, target: Target, via: Optional[tuple], timeout: float) -> socket.socket:
         """A new connection, through a proxy or TLS where they are needed; it blocks."""
@@ -4775,11 +4782,11 @@ class Upstream:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            sock.connect_ex(address)
-            await wait(sock, WRITE, self._config.connect_timeout)
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
-                self._loop.poller.set(sock, sock.fileno(), READ)
-                return sock
+            if sock.connect_ex(address) in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+                await wait(sock, WRITE, self._config.connect_timeout)
+                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                    self._loop.poller.set(sock, sock.fileno(), READ)
+                    return sock
         except (OSError, Expired):
             pass
         except BaseException:

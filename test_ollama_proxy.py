@@ -3370,7 +3370,9 @@ def test_a_known_address_is_dialled_without_a_thread(start, target, monkeypatch)
         target.go.set()
         read_until(sock, b'"done":true')
     target.close()
-    proxy.context.upstream.close()      # and when the address does not answer any more, it is looked up again
+    closed = threading.Event()
+    proxy.context.loop.post(lambda: proxy.context.upstream.close() or closed.set())
+    assert closed.wait(PATIENCE)        # and when the address does not answer any more, it is looked up again
     answer = proxy.post("/api/chat", CHAT)
     assert answer.status == 502 and b"refused" in answer.data and len(dialled) == before + 2
 
