@@ -1950,6 +1950,18 @@ class RunningProxy:
             sock.sendall(data)
             return read_all(sock)
 
+    def settles(self, fact):
+        """Waits until `fact()` holds in the loop's thread, between two rounds of events."""
+        for _ in range(400):
+            looked, held = threading.Event(), []
+            self.context.loop.post(lambda: (held.append(fact()), looked.set()))
+            assert looked.wait(PATIENCE)
+            if held[0]:
+                return True
+            looked.clear()
+            looked.wait(0.01)
+        return False
+
     def close(self):
         self.server.shutdown()
         self.server.server_close()
@@ -3308,12 +3320,7 @@ def test_a_client_that_leaves_while_the_target_is_dialled_leaves_no_connection(s
     sock.close()
     assert '" 499 ' in proxy.wait_logged("/api/chat")
     go.set()
-    closed = threading.Event()
-    for _ in range(200):                # the crew hands it to the loop, which closes it
-        proxy.context.loop.post(lambda: closed.set() if dialled and dialled[0].fileno() < 0 else None)
-        if closed.wait(0.02):
-            break
-    assert closed.is_set() and not target.calls("/v1/chat/completions")
+    assert proxy.settles(lambda: dialled and dialled[0].fileno() < 0) and not target.calls("/v1/chat/completions")
 
 
 def test_a_client_that_leaves_while_it_sends_its_request_is_let_go(start, target):
@@ -3419,7 +3426,7 @@ def test_a_bug_in_mid_stream_cuts_the_stream_and_nothing_else(start, target, mon
         target.go.set()
         assert not read_all(sock).endswith(b"0\r\n\r\n")
     assert '" 200 ' in proxy.wait_logged("/api/chat") and "a bug" in capfd.readouterr().err
-    assert proxy.call("GET", "/api/version").status == 200 and proxy.server.calls == 0
+    assert proxy.call("GET", "/api/version").status == 200 and proxy.settles(lambda: proxy.server.calls == 0)
 
 
 def test_heads_are_remembered_but_for_their_length(start, target):
@@ -3813,7 +3820,7 @@ def test_nothing_grows_over_thousands_of_requests(start, target):
         some(50)
     proxy.raw(http_request("GET", "/", b"", "Connection: close"))
     assert len(os.listdir("/proc/self/fd")) <= before[0] + 6 and threading.active_count() <= before[1] + 6
-    assert len(proxy.context.loop.entries) <= 2 and len(proxy.context.loop.tasks) <= 2
+    assert proxy.settles(lambda: len(proxy.context.loop.entries) <= 2 and len(proxy.context.loop.tasks) <= 2)
 
 
 def mutated(data, chance):
@@ -4233,11 +4240,7 @@ def test_nothing_is_left_behind_by_short_streams_and_short_visits(start, target)
         [thread.start() for thread in threads], [thread.join() for thread in threads]
     finally:
         sys.setswitchinterval(before)
-    for _ in range(400):
-        if proxy.server.connections == 0:
-            break
-        threading.Event().wait(0.01)
-    assert (proxy.server.connections, len(proxy.server.idle), proxy.server.calls) == (0, 0, 0)
+    assert proxy.settles(lambda: (proxy.server.connections, len(proxy.server.idle), proxy.server.calls) == (0, 0, 0))
 
 
 @cases("answer", [b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nxx",
@@ -4248,7 +4251,7 @@ def test_an_answer_that_breaks_at_once_is_502_on_the_relay(start, target, answer
     proxy = start("--target-api", "openai")
     assert proxy.call("GET", "/v1/x").status == 502
     proxy.wait_logged('"GET /v1/x HTTP/1.1" 502')
-    assert proxy.server.calls == 0 and "Traceback" not in capfd.readouterr().err
+    assert proxy.settles(lambda: proxy.server.calls == 0) and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_reset_in_the_head_is_no_news(start, target, capfd):
@@ -4489,12 +4492,7 @@ def test_a_client_that_resets_after_a_refusal_is_counted_once(start, target):
             read_until(sock, b"\r\n\r\n")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert proxy.call("GET", "/health").status == 200
-    done = threading.Event()
-    for _ in range(200):
-        proxy.context.loop.post(lambda: done.set() if proxy.server.connections == 0 else None)
-        if done.wait(0.02):
-            break
-    assert proxy.server.calls == 0 and sum("/nope" in line for line in proxy.logged) == 3
+    assert proxy.settles(lambda: proxy.server.connections == 0 and proxy.server.calls == 0) and sum("/nope" in line for line in proxy.logged) == 3
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX tells whether a pipe takes more") if pytest else lambda f: f
