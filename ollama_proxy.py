@@ -4222,7 +4222,7 @@ class Task:
 class Loop:
     """Runs tasks in the thread that calls run().  Only post() and stop() are for other threads."""
 
-    _TURN = 0.001                   # seconds that new requests may take before answers have their turn
+    _TURN = 0.002                   # seconds that new requests may take before answers have their turn
 
     def __init__(self, poller: Any = None, grain: float = 1.0) -> None:
         self.poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())

@@ -3335,7 +3335,7 @@ def test_a_client_that_leaves_while_it_sends_its_request_is_let_go(start, target
 
 
 @cases("poller", POLLERS)
-@cases("turn", [0.001, -1.0])
+@cases("turn", [0.002, -1.0])
 def test_answers_go_before_new_requests(poller, turn, monkeypatch):
     monkeypatch.setattr(proxy_module.Loop, "_TURN", turn)       # -1: the turn of the slow is over after each of them
     loop = proxy_module.Loop(getattr(proxy_module, poller)(), 0.05)
