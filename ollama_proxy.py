@@ -3166,6 +3166,7 @@ class Shortcut:
         self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
         self._head = self._tail = self._between = b""
         self._pattern: Any = None       # for envelopes with a timestamp in them
+        self._after = b""               # what stands between that and the text
         self._fixed = 0                 # bytes of such an envelope
         self._vain = 0
         self._plain = False             # the decoder has nothing pending: only the ordinary way changes that
@@ -3231,7 +3232,7 @@ class Shortcut:
             before, after = self._head[:stamp.start()], self._head[stamp.end():]
             self._pattern = re.compile(re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
                                        + rb'([^"\\]*(?:\\.[^"\\]*)*)' + re.escape(self._tail))
-            self._head, self._fixed = before, len(self._head) + len(self._tail)
+            self._head, self._after, self._fixed = before, after, len(self._head) + len(self._tail)
 
     def _take(self, data: bytes, ordinary: Callable) -> tuple[bytes, bytes]:
         """(client bytes for the matching frames at the beginning of `data`, what is left of it)."""
@@ -3245,7 +3246,7 @@ class Shortcut:
         if self._pattern is None:
             fixed, texts = len(self._between), self._cut(data[:end])
         else:
-            fixed, texts = self._fixed, self._pattern.findall(data, 0, end)
+            fixed, texts = self._fixed, self._cut_stamped(data[:end]) or self._pattern.findall(data, 0, end)
             if len(texts) * fixed + sum(map(len, texts)) != end:
                 return b"", data                # something else is in between
         self._vain = 0
@@ -3279,6 +3280,21 @@ class Shortcut:
         if self._head + self._between.join(texts) + self._tail == data:
             return texts
         return data[first:-len(self._tail)].split(self._between)
+
+    def _cut_stamped(self, data: bytes) -> Optional[list]:
+        """_cut() for an envelope with a timestamp, as long as that keeps its length; None when it does not fit."""
+        frame_end, before, tail = self._decoder.frame_end, len(self._head), self._tail
+        first, last = self._fixed - len(tail), len(frame_end) - len(tail)
+        frames = data[:-len(frame_end)].split(frame_end)
+        texts = [frame[first:last] for frame in frames]
+        stamps = [frame[before:first - len(self._after)] for frame in frames]
+        again = itertools.chain.from_iterable(zip(
+            itertools.repeat(self._head), stamps, itertools.repeat(self._after), texts, itertools.repeat(tail)))
+        joined = b"".join(stamps)
+        if b"".join(again) == data and joined.count(b'"created_at":"') == len(frames) and b"\\" not in joined \
+                and joined.count(b'"') == 4 * len(frames):
+            return texts
+        return None
 
     def _lines(self, texts: list) -> bytes:
         """Client lines around `texts`; empty texts are no events."""
