@@ -1866,9 +1866,7 @@ class OllamaEncoder:
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
-        if not self._deltas:
-            self._first = self._clock.now()
-        self._deltas += len(texts)
+        self.count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
         self.stamp = self._clock.stamp()
@@ -3988,10 +3986,10 @@ class Work(NamedTuple):
     discard: Optional[Callable]
 
 
-def unready(error: OSError) -> int:
-    """What a socket that would block is waiting for, READ or WRITE; 0 when the error is a real one."""
+def unready(error: OSError, wanted: int = READ) -> int:
+    """What a socket that would block waits for: `wanted`, unless TLS says otherwise; 0 for a real error."""
     if isinstance(error, BlockingIOError):
-        return READ | WRITE
+        return wanted
     return {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}.get(type(error).__name__, 0)
 
 
@@ -4019,7 +4017,7 @@ async def send_all(sock: Any, data: Any, seconds: float) -> None:
         try:
             size = sock.send(data)
         except OSError as error:
-            mask, size = unready(error) & ~(READ if isinstance(error, BlockingIOError) else 0), 0
+            mask, size = unready(error, WRITE), 0
             if not mask:
                 raise
         if size == len(data):
