@@ -1058,6 +1058,7 @@ def parse_arguments(value: Any) -> Optional[dict]:
 
 # What think tags are called; a model opens one of them before its first word, or not at all.
 THINK_TAGS = ("think", "thinking", "thought")
+_CLOSERS = tuple(f"</{tag}>" for tag in THINK_TAGS)
 
 
 class ThinkTags:
@@ -1069,7 +1070,6 @@ class ThinkTags:
 
     def __init__(self, opened: bool = False) -> None:
         self._held = ""
-        self._closers = tuple(f"</{tag}>" for tag in THINK_TAGS)
         self._state = "inside" if opened else "start"
         self._spoke = False
 
@@ -1122,7 +1122,7 @@ class ThinkTags:
     def _inside(self, events: list) -> None:
         if not self._spoke:
             self._held = self._held.lstrip()
-        ends = [(self._held.find(closer), closer) for closer in self._closers if closer in self._held]
+        ends = [(self._held.find(closer), closer) for closer in _CLOSERS if closer in self._held]
         if ends:
             at, closer = min(ends)
             thinking, self._held = self._held[:at].rstrip(), self._held[at + len(closer):]
@@ -1130,7 +1130,7 @@ class ThinkTags:
         else:
             keep = len(self._held.rstrip())     # trailing space and half a closing tag may be dropped yet
             cut = self._held.rfind("<", max(0, keep - 12), keep)
-            if cut >= 0 and any(closer.startswith(self._held[cut:keep]) for closer in self._closers):
+            if cut >= 0 and any(closer.startswith(self._held[cut:keep]) for closer in _CLOSERS):
                 keep = len(self._held[:cut].rstrip())
             thinking, self._held = self._held[:keep], self._held[keep:]
         if thinking:
@@ -1846,13 +1846,11 @@ class OllamaEncoder:
         self._first = 0                 # when the first delta was encoded
         self._deltas = 0
         self._answer: Optional[list] = [] if call.conversation is not None else None
-        self.tick()
-        self.head = f'{{"model":{encode_text(call.model)},"created_at":"'.encode("ascii")
-        generate = call.face == "generate"
-        self.before_text = b'","response":' if generate else b'","message":{"role":"assistant","content":'
-        self.after_text = b',"done":false}\n' if generate else b'},"done":false}\n'
-        self._before_thinking = (b'","response":"","thinking":' if generate
-                                 else b'","message":{"role":"assistant","content":"","thinking":')
+        self.stamp = b""
+        self.head = b'{"model":%b,"created_at":"' % encode_text(call.model).encode("ascii")
+        self.before_text, self._end = ((b'","response":', b"") if call.face == "generate"
+                                       else (b'","message":{"role":"assistant","content":', b"}"))
+        self.after_text = self._end + b',"done":false}\n'
 
     def tick(self) -> None:
         """A new batch of events begins: one timestamp serves them all."""
@@ -1878,69 +1876,52 @@ class OllamaEncoder:
             self.count(1)
             if self._answer is not None:
                 self._answer.append(event.text)
-            text = encode_text(event.text).encode("ascii")
             if event.logprobs:
-                text += self.after_text[:-len(b',"done":false}\n')]
-                return b'%b%b%b%b,"logprobs":%b,"done":false}\n' % (
-                    self.head, self.stamp, self.before_text, text, dump(event.logprobs))
-            return b"%b%b%b%b%b" % (self.head, self.stamp, self.before_text, text, self.after_text)
+                return self._line(event.text, b"", b',"logprobs":%b,"done":false}\n' % dump(event.logprobs))
+            return self._line(event.text)
         if isinstance(event, ThinkingDelta):
             self.count(1)
-            text = encode_text(event.text).encode("ascii")
-            return b"%b%b%b%b%b" % (self.head, self.stamp, self._before_thinking, text, self.after_text)
+            return self._line("", b',"thinking":%b' % encode_text(event.text).encode("ascii"))
         if isinstance(event, ToolCalls):
             self.count(len(event.calls))
-            return ndjson_line(self._object({"content": "", "tool_calls": ollama_calls(event.calls)}, False))
+            return self._line("", b',"tool_calls":%b' % dump(ollama_calls(event.calls)))
         if isinstance(event, Finish):
-            return ndjson_line({**self._object({"content": ""}, True), **self._last(event)})
+            return self._line("", b"", self._last(event) + b"}\n")
         return self.error(event.error)
 
     def error(self, error: ProxyError) -> bytes:
         """The in-band error line; nothing follows it."""
         return ndjson_line({"error": error.message})
 
-    def fold(self, events: Iterable) -> dict:
+    def fold(self, events: Iterable) -> bytes:
         """All events -> the answer for stream:false.  Raises the error of a Failure."""
         content, thinking, calls, logprobs, finish = gather(events)
         if self._answer is not None:
             self._answer.append(content)
         self._deltas = max(1, (len(content) + len(thinking)) // 4)
-        fields: dict = {"content": content}
-        if thinking:
-            fields["thinking"] = thinking
+        beside = b',"thinking":%b' % encode_text(thinking).encode("ascii") if thinking else b""
         if calls:
-            fields["tool_calls"] = ollama_calls(calls)
+            beside += b',"tool_calls":%b' % dump(ollama_calls(calls))
         self.tick()
-        answer = {**self._object(fields, True), **self._last(finish)}
-        if logprobs:
-            answer["logprobs"] = logprobs
-        return answer
+        return self._line(content, beside, self._last(finish) + (b',"logprobs":%b}' % dump(logprobs) if logprobs else b"}"))
 
-    def _object(self, fields: dict, done: bool) -> dict:
-        answer = {"model": self._call.model, "created_at": self.stamp.decode("ascii")}
-        if self._call.face == "generate":
-            answer["response"] = fields.pop("content")
-            answer.update(fields)
-        else:
-            answer["message"] = {"role": "assistant", **fields}
-        return {**answer, "done": done}
+    def _line(self, text: str, beside: bytes = b"", last: bytes = b',"done":false}\n') -> bytes:
+        """One object: `text`, what stands `beside` it in the message, and what comes after that."""
+        return b"%b%b%b%b%b%b%b" % (self.head, self.stamp, self.before_text, encode_text(text).encode("ascii"), beside,
+                                    self._end, last)
 
-    def _last(self, finish: Finish) -> dict:
-        """done_reason, context and the six metrics; every duration is at least 1 ns."""
+    def _last(self, finish: Finish) -> bytes:
+        """done, done_reason, context and the six metrics; every duration is at least 1 ns."""
         usage, now = finish.usage, self._clock.now()
-        last: dict = {"done_reason": "length" if finish.reason == "length" else "stop"}
-        if self._answer is not None:
-            last["context"] = pack_context(self._call.conversation, "".join(self._answer))
         first = self._first or self._sent
-        metrics = {
-            "total_duration": now - self._started,
-            "load_duration": usage.load_ns or self._sent - self._started,
-            "prompt_eval_count": usage.prompt_tokens or self._call.prompt_bytes() // 4,
-            "prompt_eval_duration": usage.prompt_ns or first - self._sent,
-            "eval_count": usage.completion_tokens or self._deltas,
-            "eval_duration": usage.completion_ns or now - first}
-        last.update((key, max(1, int(value))) for key, value in metrics.items())
-        return last
+        context = b"" if self._answer is None else b',"context":%b' % dump(
+            pack_context(self._call.conversation, "".join(self._answer)))
+        return (b',"done":true,"done_reason":"%b"%b,"total_duration":%d,"load_duration":%d,"prompt_eval_count":%d,'
+                b'"prompt_eval_duration":%d,"eval_count":%d,"eval_duration":%d') % (
+            b"length" if finish.reason == "length" else b"stop", context,
+            max(1, now - self._started), max(1, usage.load_ns or self._sent - self._started),
+            max(1, usage.prompt_tokens or self._call.prompt_bytes() // 4), max(1, usage.prompt_ns or first - self._sent),
+            max(1, usage.completion_tokens or self._deltas), max(1, usage.completion_ns or now - first))
 
 
 def ollama_calls(calls: Iterable) -> list:
@@ -2599,7 +2580,10 @@ class OpenAIDecoder:
 
     def decode_body(self, answer: Any) -> list:
         """A whole answer instead of a stream -> all events."""
-        events: list = []
+        events = self._plain_body(answer)
+        if events:
+            self.done = True
+            return events
         try:
             self._frame("", answer, events, whole=True)
             if not self.done and not self._any and not self._reason:
@@ -2609,6 +2593,24 @@ class OpenAIDecoder:
         if not self.done:
             self._finish(events)
         return events
+
+    def _plain_body(self, answer: Any) -> list:
+        """decode_body() for a text and nothing else, as most answers are; no events for any other."""
+        try:
+            choice, = answer["choices"]
+            message, reason, usage = choice["message"], choice["finish_reason"], answer["usage"]
+            text, counted = message["content"], usage["completion_tokens"]
+        except (KeyError, TypeError, ValueError):
+            return []
+        if type(text) is str and text and text.lstrip()[:1] != "<" and "</" not in text \
+                and reason in ("stop", "length") and type(counted) is int and counted > 0 \
+                and choice.get("index") in (0, None) and not choice.get("delta") and not choice.get("usage") \
+                and not answer.get("error") and "x_groq" not in answer and answer.get("object") != "error" \
+                and self._alternatives is None and self._prefill.done and not self._opened \
+                and (len(message) == 2 and "role" in message
+                     or not any(value for key, value in message.items() if key not in _PLAIN_DELTA)):
+            return [TextDelta(text), Finish(reason, read_usage(usage, as_dict(answer.get("timings"))))]
+        return []
 
     def _run(self, take: Callable, *data: bytes) -> list:
         events: list = []
@@ -2936,7 +2938,7 @@ class OpenAIEncoder:
         """The error frame; no [DONE] follows it."""
         return sse_frame(render_openai_error(error))
 
-    def fold(self, events: Iterable) -> dict:
+    def fold(self, events: Iterable) -> bytes:
         """All events -> the answer for stream:false.  Raises the error of a Failure."""
         content, thinking, calls, logprobs, finish = gather(events)
         self._calls = len(calls)
@@ -2953,8 +2955,8 @@ class OpenAIEncoder:
                 message["tool_calls"] = [self._tool_call(call, at, False) for at, call in enumerate(calls)]
             choice["message"] = message
         choice["logprobs"] = {"content": logprobs} if logprobs else None
-        return {**self._base, "object": "chat.completion" if self._chat else "text_completion",
-                "choices": [choice], "usage": self._usage(finish.usage)}
+        return dump({**self._base, "object": "chat.completion" if self._chat else "text_completion",
+                     "choices": [choice], "usage": self._usage(finish.usage)})
 
     def _frame(self, choice: dict, logprobs: Optional[list] = None) -> bytes:
         if self._chat and not self._spoke:
@@ -6207,7 +6209,7 @@ def whole_answer(data: bytes, decoder: "Witness", encoder: Any, shape: Optional[
         events = decoder.decode_body(answer)
     else:
         events = decoder.feed(data) + decoder.close()
-    response = json_response(encoder.fold(shape(events) if shape else events))
+    response = Response(200, encoder.fold(shape(events) if shape else events))
     if log.debugging:
         log.debug(f"Ollama response: {response.body.decode()} {took()}")
     return response

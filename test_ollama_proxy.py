@@ -1494,11 +1494,43 @@ def test_folding_a_stream_says_what_the_whole_body_says():
     call = chat_call()
     decoder = OpenAIDecoder(call)
     for encoder in (OllamaEncoder, OpenAIEncoder):
-        one = encoder(call, StillClock, 1, 2).fold(OPENAI.decode_body(body, call))
+        one = json.loads(encoder(call, StillClock, 1, 2).fold(OPENAI.decode_body(body, call)))
         decoder = OpenAIDecoder(call)
-        two = encoder(call, StillClock, 1, 2).fold(decoder.feed(stream))
+        two = json.loads(encoder(call, StillClock, 1, 2).fold(decoder.feed(stream)))
         one.pop("id", None), two.pop("id", None)
         assert one == two
+
+
+def test_a_plain_whole_answer_is_read_as_any_other():
+    """The quick look at an answer (OpenAIDecoder._plain_body) changes nothing, whatever is odd about it."""
+    class Slow(OpenAIDecoder):
+        def _plain_body(self, answer):
+            return []
+
+    quick = 0
+    plain = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
+             "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}}
+    oddities = [("choices", 0, "message", "content"), ("choices", 0, "message", "reasoning_content"), ("choices", 0, "index"),
+                ("choices", 0, "message", "tool_calls"), ("choices", 0, "message"), ("choices", 0, "finish_reason"),
+                ("choices", 0, "delta"), ("choices", 0, "usage"), ("choices",), ("usage",), ("usage", "completion_tokens"),
+                ("usage", "prompt_tokens"), ("error",), ("object",), ("timings",), ("x_groq",), ("detail",)]
+    values = [None, "", "x", " ", "<think>a</think>b", "a</think>b", "a < b", "  <thin", "length", "stop", "error", "chat.completion",
+              0, 1, 7, -1, True, [], [1], {}, {"content": "c"}, {"completion_tokens": 3}, {"message": "boom"},
+              {"predicted_n": 9, "predicted_ms": 5.0}, [{"index": 1, "message": {"content": "other"}}]]
+    for place in [()] + oddities:
+        for value in values if place else [None]:
+            for call in (chat_call(), chat_call(logprobs=2), chat_call(messages=(Message("assistant", "Hel"),))):
+                answer = json.loads(json.dumps(plain))
+                where = answer
+                for key in place[:-1]:
+                    where = where[key]
+                if place:
+                    where[place[-1]] = value
+                one, two = OpenAIDecoder(call), Slow(call)
+                assert repr(one.decode_body(answer)) == repr(two.decode_body(answer)), answer
+                assert (one.done, one.begins_inside) == (two.done, two.begins_inside)
+                quick += bool(OpenAIDecoder(call)._plain_body(answer))
+    assert quick > 50
 
 
 # -- the OpenAI face
