@@ -778,6 +778,13 @@ class ChunkedDecoder:
     def rest(self) -> bytes:
         return self._held
 
+    @property
+    def missing(self) -> int:
+        """As BodyDecoder.missing."""
+        if self._held:
+            return 0 if self._held == b"\r\n" and not self.done else -1
+        return self._skip + 2
+
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
         if self._held == b"\r\n":       # between two chunks; what slow models send is one chunk at a time
@@ -905,7 +912,7 @@ class BodyDecoder:
         self.broken: Optional[BadUpstreamPayload] = None    # to be raised once what came before it is used
 
     def feed(self, data: bytes) -> bytes:
-        """Returns body bytes.  Raises BadUpstreamPayload on broken framing or compression."""
+        """Returns body bytes; sets `broken` when the framing is.  Raises BadUpstreamPayload on broken compression."""
         if self.broken is not None:
             raise self.broken
         if self._chunks is not None:
@@ -914,8 +921,6 @@ class BodyDecoder:
             except ValueError as error:
                 self.broken = BadUpstreamPayload(f"upstream broke its chunked coding: {error}")
                 data = self._chunks.salvaged
-                if not data:
-                    raise self.broken from None
             if self._chunks.done:
                 self.done = True
                 self.clean = not self._chunks.rest
@@ -925,6 +930,11 @@ class BodyDecoder:
             self._left -= len(data)
             self.done = self._left == 0
         return self._decompress(data) if self._inflate or self._deflate is not None else data
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of the socket are left of a chunk that was begun, 0 between two; -1 if that cannot be told."""
+        return self._chunks.missing if self._chunks is not None and self._plain else -1
 
     def keep_chunks(self) -> Optional[ChunkedDecoder]:
         """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
@@ -3164,10 +3174,8 @@ class Shortcut:
 
     def __init__(self, decoder: Any, encoder: Any, chunked: bool) -> None:
         self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
-        self._head = self._tail = self._between = b""
-        self._pattern: Any = None       # for envelopes with a timestamp in them
-        self._after = b""               # what stands between that and the text
-        self._fixed = 0                 # bytes of such an envelope
+        self._head = self._tail = b""   # what stands before and after a text
+        self._after = b""               # if a timestamp follows the head: what stands between that and the text
         self._vain = 0
         self._plain = False             # the decoder has nothing pending: only the ordinary way changes that
         self.overhead = 0               # bytes of chunk framing among those handed out
@@ -3226,75 +3234,86 @@ class Shortcut:
             self._head = self._tail = b""
             return
         self._vain += 1
-        self._between, self._pattern = self._tail + self._head, None
-        stamp = re.search(rb'"created_at":"[^"\\]*"', self._head)
-        if stamp:
-            before, after = self._head[:stamp.start()], self._head[stamp.end():]
-            self._pattern = re.compile(re.escape(before) + rb'"created_at":"[^"\\]*"' + re.escape(after)
-                                       + rb'([^"\\]*(?:\\.[^"\\]*)*)' + re.escape(self._tail))
-            self._head, self._after, self._fixed = before, after, len(self._head) + len(self._tail)
+        stamp = _STAMP.search(self._head)
+        self._head, self._after = (self._head[:stamp.start()], self._head[stamp.end():]) if stamp else (self._head, b"")
+
+    @property
+    def ready(self) -> bool:
+        """An envelope is known, and nothing is pending."""
+        return bool(self._head) and self._plain and not self._rest
+
+    def chunks(self, data: bytes) -> tuple[bytes, int]:
+        """feed(), when ready, for bytes from the socket that begin between two HTTP chunks: (client bytes, how
+        many bytes of `data` they are for).
+
+        Most servers send each frame in a chunk of its own.  Then the size line is as predictable as the rest
+        of the envelope, and both are taken off in one go.
+        """
+        end = self._tail + b"\r\n"
+        frames = data.split(end)
+        frames.pop()
+        lengths = list(map(len, frames))
+        starts = {length: self._start_of_chunk(length) for length in set(lengths)}
+        plain = self._plain_texts(frames, list(map(starts.__getitem__, lengths)))
+        if None in plain:
+            del plain[plain.index(None):]       # that one goes the ordinary way, with what is behind it
+        return self._lines(plain), sum(lengths[:len(plain)]) + len(end) * len(plain)
+
+    def _start_of_chunk(self, length: int) -> bytes:
+        """Size line and head of a chunk that has `length` bytes before its tail."""
+        for digits in range(1, 8):
+            line = b"%x\r\n" % max(0, length - digits - 2 + len(self._tail))
+            if len(line) == digits + 2:
+                break
+        return line + self._head
+
+    def _plain_texts(self, frames: list, starts: list) -> list:
+        """The texts of `frames`, which lack the tail already, as the client gets them; None for a frame that has
+        another start or envelope, and for a text that has to be looked at."""
+        texts = list(map(bytes.removeprefix, frames, starts))
+        if sum(map(len, texts)) != sum(map(len, frames)) - sum(map(len, starts)):
+            texts = [text if len(text) + len(start) == len(frame) else b'"'
+                     for text, frame, start in zip(texts, frames, starts)]
+        if self._after:
+            parts = [text.partition(self._after) for text in texts]
+            stamps = b"".join([part[0] for part in parts])
+            # Four quotation marks in each and nothing escaped: else one of them is more than a timestamp.
+            if stamps.count(b'"created_at":"') * 4 != len(parts) * 4 or stamps.count(b'"') != 4 * len(parts) \
+                    or b"\\" in stamps or not all([part[1] for part in parts]):
+                parts = [part if part[1] and _STAMP.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
+            texts = [part[2] for part in parts]
+        plain = list(map(_PLAIN_KNOWN.get, texts))
+        if None in plain:
+            plain = [plain_text(text) if known is None else known for known, text in zip(plain, texts)]
+        return plain
 
     def _take(self, data: bytes, ordinary: Callable) -> tuple[bytes, bytes]:
-        """(client bytes for the matching frames at the beginning of `data`, what is left of it)."""
+        """(client bytes for the frames up to the last one that ends as it should, what is left of `data`)."""
         if data[:1] == b"\n":
             data = data.lstrip(b"\n")           # the blank line after a frame that came in the last read
         if not data.startswith(self._head):
             return b"", data
-        end = data.rfind(self._tail) + len(self._tail)
-        if end < len(self._tail):
+        frames = data.split(self._tail)
+        rest = frames.pop()
+        if not frames:
             return b"", data
-        if self._pattern is None:
-            fixed, texts = len(self._between), self._cut(data[:end])
-        else:
-            fixed, texts = self._fixed, self._cut_stamped(data[:end]) or self._pattern.findall(data, 0, end)
-            if len(texts) * fixed + sum(map(len, texts)) != end:
-                return b"", data                # something else is in between
+        plain = self._plain_texts(frames, [self._head] * len(frames))
         self._vain = 0
-        known = list(map(_PLAIN_KNOWN.get, texts))
-        if None not in known:
-            return self._lines(known), data[end:]
-        out, run, at = [], [], 0
-        for text, plain in zip(texts, known):
-            if plain is None:
-                plain = plain_text(text)
-            if plain is not None:
-                run.append(plain)
-            else:
-                out.append(self._lines(run))
-                run = []
-                frame = data[at:at + fixed + len(text)]
-                out.append(ordinary(frame)[0])
-                self._plain = self._decoder.plain
-                if not self._plain:             # that one changed the rules
-                    return b"".join(out), data[at + len(frame):]
-            at += fixed + len(text)
+        if None not in plain:
+            return self._lines(plain), rest
+        out, run = [], []
+        for at, text in enumerate(plain):
+            if text is not None:
+                run.append(text)
+                continue
+            out.append(self._lines(run))
+            run = []
+            out.append(ordinary(frames[at] + self._tail)[0])
+            self._plain = self._decoder.plain
+            if not self._plain:                 # that one changed the rules
+                return b"".join(out), self._tail.join(frames[at + 1:] + [rest])
         out.append(self._lines(run))
-        return b"".join(out), data[end:]
-
-    def _cut(self, data: bytes) -> list:
-        """The texts in a run of frames that begins and ends with the envelope."""
-        frame_end = self._decoder.frame_end
-        first, last = len(self._head), len(frame_end) - len(self._tail)
-        texts = [frame[first:last] for frame in data[:-len(frame_end)].split(frame_end)]
-        # Guess, then compare: that is faster than to look for something as long as the envelope.
-        if self._head + self._between.join(texts) + self._tail == data:
-            return texts
-        return data[first:-len(self._tail)].split(self._between)
-
-    def _cut_stamped(self, data: bytes) -> Optional[list]:
-        """_cut() for an envelope with a timestamp, as long as that keeps its length; None when it does not fit."""
-        frame_end, before, tail = self._decoder.frame_end, len(self._head), self._tail
-        first, last = self._fixed - len(tail), len(frame_end) - len(tail)
-        frames = data[:-len(frame_end)].split(frame_end)
-        texts = [frame[first:last] for frame in frames]
-        stamps = [frame[before:first - len(self._after)] for frame in frames]
-        again = itertools.chain.from_iterable(zip(
-            itertools.repeat(self._head), stamps, itertools.repeat(self._after), texts, itertools.repeat(tail)))
-        joined = b"".join(stamps)
-        if b"".join(again) == data and joined.count(b'"created_at":"') == len(frames) and b"\\" not in joined \
-                and joined.count(b'"') == 4 * len(frames):
-            return texts
-        return None
+        return b"".join(out), rest
 
     def _lines(self, texts: list) -> bytes:
         """Client lines around `texts`; empty texts are no events."""
@@ -3310,12 +3329,16 @@ class Shortcut:
             out = b"%x\r\n%b%b%b\r\n" % (fixed + len(texts[0]), before, texts[0], after)
             self.overhead += len(out) - fixed - len(texts[0])
             return out
-        lines = {text: b"%x\r\n%b%b%b\r\n" % (fixed + len(text), before, text, after) for text in set(texts)}
-        out = b"".join(map(lines.__getitem__, texts))
-        self.overhead += len(out) - fixed * len(texts) - sum(map(len, texts))
+        lengths = list(map(len, texts))
+        starts = {length: b"%x\r\n%b" % (fixed + length, before) for length in set(lengths)}
+        after += b"\r\n"
+        out = b"".join(itertools.chain.from_iterable(
+            zip(map(starts.__getitem__, lengths), texts, itertools.repeat(after))))
+        self.overhead += len(out) - fixed * len(texts) - sum(lengths)
         return out
 
 
+_STAMP = re.compile(rb'"created_at":"[^"\\]*"')
 _PLAIN_KNOWN: dict = {}
 
 
@@ -3361,6 +3384,27 @@ class Pipe:
         if self._shortcut is not None:
             return self._shortcut.feed(data, self._ordinary)
         return self._ordinary(data)[0]
+
+    def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
+        """feed() for bytes that `body` has to take the framing off."""
+        outs, shortcut = [], self._shortcut
+        if shortcut is not None and len(data) > 1024:
+            for _ in range(3):          # up to the end of a chunk, perhaps to learn from it, and then a run of them
+                size = body.missing
+                if size == 0 and shortcut.ready:
+                    lines, size = shortcut.chunks(data)
+                    outs.append(lines)
+                    data = data[size:]
+                    break
+                size = size or data.find(b"\n\r\n", 250) + 3
+                if not 2 < size < len(data):
+                    break
+                content, data = body.feed(data[:size]), data[size:]
+                outs.append(self.feed(content) if content else b"")
+        content = body.feed(data) if data else b""
+        if content and not self.done:
+            outs.append(self.feed(content))
+        return b"".join(outs)
 
     @property
     def framing(self) -> int:
@@ -3427,10 +3471,14 @@ class RelayPipe:
         self._chunked = chunked and length is None
         self._chunks = chunks           # what is fed is in chunks already, thanks to it
         self._bytes = 0
-        self.started = True
+        self.started = False
         self.done = False
         self.failure: Optional[Exception] = None
         self.clean = True
+
+    def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
+        """feed() for bytes that `body` has to take the framing off."""
+        return self.feed(body.feed(data))
 
     def feed(self, data: bytes) -> bytes:
         """Returns `data`, framed."""
@@ -3438,6 +3486,7 @@ class RelayPipe:
             self._bytes -= len(data)
             data = http_chunk(data)
         self._bytes += len(data)
+        self.started = self.started or bool(data)
         return data
 
     @property
@@ -3454,7 +3503,9 @@ class RelayPipe:
         return LAST_CHUNK
 
     def fail(self, error: ProxyError) -> bytes:
-        """The upstream broke: the connection to the client must be cut."""
+        """The upstream broke: the connection to the client must be cut.  Raises `error` while nothing was sent."""
+        if not self.started:
+            raise error
         if not self.done:
             self.done, self.failure, self.clean = True, error, False
         return b""
@@ -4518,12 +4569,16 @@ class Reply:
         rest, self._rest = self._rest, b""
         return rest
 
+    async def receive(self) -> bytes:
+        """The next bytes of the socket, framing and all.  Raises StreamTruncated or UpstreamTimeout."""
+        return await self._upstream.receive(self.sock, self.patience)
+
     async def recv(self) -> bytes:
         """The next body bytes, b"" at the end.  Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload."""
         while not self.body.done:
             if self.body.broken is not None:
                 raise self.body.broken
-            data = self.take_rest() or await self._upstream.receive(self.sock, self.patience)
+            data = self.take_rest() or await self.receive()
             if not data:
                 self.body.close()
                 break
@@ -4550,7 +4605,7 @@ class Reply:
         """Waits a moment for the end of an answer that nobody needs more of, so that its connection lives on."""
         try:
             until = time.monotonic() + 1.0
-            while not self.body.done and time.monotonic() < until:
+            while not self.body.done and self.body.broken is None and time.monotonic() < until:
                 data = await receive(self.sock, until - time.monotonic(), 4096)
                 if not data:
                     break
@@ -6179,18 +6234,36 @@ async def peek(reply: Reply, pipe: Pipe, tap: Optional[Callable]) -> bytes:
     Returns the client bytes made so far.  Raises what broke.
     """
     while True:
-        data = await reply.recv()
-        if data and tap is not None:
-            tap("Target chunk", data)
-        out = pipe.feed(data) if data else pipe.close()
+        data = b"" if reply.body.done else reply.take_rest() or await reply.receive()
+        out = translate(reply.body, pipe, data, tap)
         if pipe.started:
-            if reply.body.broken is not None:
-                out += pipe.fail(reply.body.broken)
-            elif reply.body.done and not pipe.done:
-                out += pipe.close()
             return out
         if not data:
             raise StreamTruncated("upstream sent an empty response")
+
+
+def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]) -> bytes:
+    """Bytes from the upstream's socket, b"" at its end -> bytes for the client's.
+
+    Raises what broke before anything was sent: it can still be an HTTP status.
+    """
+    out = b""
+    try:
+        if data and tap is None:
+            out = pipe.feed_from(body, data)
+        elif data:
+            content = body.feed(data)
+            tap("Target chunk", content)
+            out = pipe.feed(content) if content else b""
+        else:
+            body.close()
+        if body.broken is not None:
+            out += pipe.fail(body.broken)
+        elif body.done and not pipe.done:
+            out += pipe.close()
+        return out
+    except ProxyError as error:
+        return out + pipe.fail(error)
 
 
 def whole_answer(data: bytes, decoder: "Witness", encoder: Any, shape: Optional[Callable], log: Log,
@@ -7380,7 +7453,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         rest = response.reply.take_rest()       # a relay has not looked at what came with the head
         first = response.first
         if rest:
-            first += self._translate(response.reply, pipe, rest, self.context.log.tap, bool(first))
+            first += translate(response.reply.body, pipe, rest, self.context.log.tap)
+        pipe.started = True
         head = self._head(request, response, pipe.length, keep)
         try:
             await self._stream(response.reply, pipe, head + first)
@@ -7417,33 +7491,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 out = b"" if unready(error) else pipe.fail(
                     StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
             else:
-                out = self._translate(reply, pipe, bytes(loop.view[:size]), tap)
-
-    @staticmethod
-    def _translate(reply: Reply, pipe: Any, data: bytes, tap: Optional[Callable], begun: bool = True) -> bytes:
-        """Framed bytes of the upstream, b"" at its end -> bytes for the client.
-
-        Raises what broke when the answer has not `begun`: it can still be an HTTP status.
-        """
-        body = reply.body
-        try:
-            if data:
-                data = body.feed(data)
-                if tap is not None and data:
-                    tap("Target chunk", data)
-                out = pipe.feed(data) if data else b""
-            else:
-                body.close()
-                out = b""
-            if body.broken is not None:
-                out += pipe.fail(body.broken)
-            elif body.done and not pipe.done:
-                out += pipe.close()
-            return out
-        except ProxyError as error:
-            if not begun:
-                raise
-            return pipe.fail(error)
+                out = translate(reply.body, pipe, bytes(loop.view[:size]), tap)
 
     async def _done(self, request: Request, status: int, size: int, keep: bool,
                     failure: Optional[Exception] = None) -> bool:
