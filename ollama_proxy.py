@@ -638,11 +638,13 @@ class FrameDecoder:
 
     Every data line is tried as JSON when it arrives, so a server that forgets the blank line costs no
     delay; lines that are no JSON alone are joined as the SSE standard says.  A body that is no stream
-    at all ends up in `stray`, for the caller to judge at the end.
+    at all ends up in `stray`, for the caller to judge at the end.  What `known(line)` makes of a short
+    line, if anything, stands in place of its value.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Callable = lambda line: None) -> None:
         self._lines = LineDecoder()
+        self._known = known
         self._event = ""
         self._pending: list[bytes] = []
         self._first = True
@@ -696,7 +698,8 @@ class FrameDecoder:
             return
         if not self._pending and payload[-1:] == b"}":
             try:                        # a whole value in one line, as nearly always
-                frames.append((self._event, load(payload)))
+                known = self._known(payload) if len(payload) < 4096 and not self._event else None
+                frames.append((self._event, load(payload) if known is None else known))
                 return
             except (ValueError, RecursionError):
                 pass
@@ -1759,6 +1762,12 @@ class OllamaDecoder:
         return not self.done and self._call.logprobs is None and self._lines.idle
 
     @staticmethod
+    def envelope(frame: bytes) -> Optional[tuple[bytes, bytes]]:
+        """What stands before and after the text of a line: not known without looking at it."""
+        del frame
+        return None
+
+    @staticmethod
     def text_of(frame: bytes) -> Any:
         """The text of one line, None when it is anything more."""
         try:
@@ -2514,6 +2523,39 @@ def merge_details(details: list, pieces: Any) -> None:
             details.append(dict(piece))
 
 
+# A frame that carries a text, a finish reason or neither, and nothing that would have to be looked at.
+_SCALAR = rb'"(?:id|object|created|model|system_fingerprint|service_tier|provider|obfuscation)": ?' \
+          rb'(?:"[^"\\\x00-\x1f]*"|[0-9]{1,18}|null)'
+_SIMPLE_FRAME = re.compile(
+    rb'\{(?:%b, ?)*"choices": ?\[\{(?P<early>"finish_reason": ?(?:null|"(?P<reason>stop|length)"), ?)?"index": ?0, ?'
+    rb'"delta": ?\{(?:"role": ?"assistant"(?:, ?(?=")|(?=\})))?'
+    rb'(?:"content": ?(?:null|"(?P<text>[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"))?\}'
+    rb'(?:, ?"logprobs": ?null)?(?(early)|, ?"finish_reason": ?(?:null|"(?P<later>stop|length)"))\}\]'
+    rb'(?:, ?(?:%b|"usage": ?null))*\}' % (_SCALAR, _SCALAR))
+
+
+class SimpleFrame(NamedTuple):
+    """What a frame of that kind says."""
+
+    text: str
+    reason: str
+
+
+def simple_frame(line: bytes) -> Optional[SimpleFrame]:
+    """A frame that is a text or a finish reason without looking at it as JSON; None for any other."""
+    match = _SIMPLE_FRAME.fullmatch(line)
+    if match is None:
+        return None
+    text = match["text"] or b""
+    try:
+        said = str(text, "utf-8", "replace")
+        if b"\\" in text:
+            said = _decode_json(f'"{said}"')
+    except ValueError:
+        return None
+    return SimpleFrame(said, str(match["reason"] or match["later"] or b"", "ascii"))
+
+
 _COUNTED = frozenset(("usage", "timings", "x_groq"))
 _PLAIN_DELTA = frozenset(("role", "content"))
 
@@ -2526,7 +2568,7 @@ class OpenAIDecoder:
     """
 
     def __init__(self, call: ChatCall, opened: bool = False) -> None:
-        self._frames = FrameDecoder()
+        self._frames = FrameDecoder(simple_frame)
         self._tags: Optional[ThinkTags] = ThinkTags(opened)
         last = call.messages[-1] if call.messages else None
         self._prefill = Prefill(last.content if last and last.role == "assistant" and not last.tool_calls else "")
@@ -2551,6 +2593,12 @@ class OpenAIDecoder:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
         return (self._tags is None or self._tags.done) and self._prefill.done and self._alternatives is None \
             and not self.done and not self._reason and self._frames.idle
+
+    @staticmethod
+    def envelope(frame: bytes) -> Optional[tuple[bytes, bytes]]:
+        """What stands before and after the text of a simple frame."""
+        match = _SIMPLE_FRAME.fullmatch(frame, 6, len(frame) - 2) if len(frame) < 4096 and frame[:6] == b"data: " else None
+        return (frame[:match.start("text")], frame[match.end("text"):]) if match and match["text"] else None
 
     @staticmethod
     def text_of(frame: bytes) -> Any:
@@ -2630,7 +2678,12 @@ class OpenAIDecoder:
             for event, value in take(*data):
                 if self.done:
                     break
-                if value is None:
+                if type(value) is SimpleFrame:
+                    self._any = True
+                    if value.text:
+                        self._say(value.text, None, events, False)
+                    self._reason = value.reason or self._reason
+                elif value is None:
                     self._finish(events)
                 else:
                     self._frame(event, value, events)
@@ -3225,17 +3278,21 @@ class Shortcut:
             return
         data = data.rstrip(b"\n")
         frame = data[data.rfind(b"\n") + 1:] + self._decoder.frame_end
-        text = encode_text(event.text).encode("ascii")
-        if not event.text.isascii():
-            text = b'"%b"' % event.text.encode("utf-8", "replace")
-        at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
-        self._head, self._tail = frame[:at], frame[at + len(text) - 2:]
-        if not at or self._decoder.text_of(self._head + b"probe" + self._tail) != "probe":
-            self._head = self._tail = b""
+        self._head, self._tail = self._decoder.envelope(frame) or self._found(frame, event.text)
+        if not self._head:
             return
         self._vain += 1
         stamp = _STAMP.search(self._head)
         self._head, self._after = (self._head[:stamp.start()], self._head[stamp.end():]) if stamp else (self._head, b"")
+
+    def _found(self, frame: bytes, said: str) -> tuple[bytes, bytes]:
+        """What surrounds the text in a frame, found by looking for it; empty if that fails."""
+        text = encode_text(said).encode("ascii")
+        if not said.isascii():
+            text = b'"%b"' % said.encode("utf-8", "replace")
+        at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
+        head, tail = frame[:at], frame[at + len(text) - 2:]
+        return (head, tail) if at and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
 
     @property
     def ready(self) -> bool:
@@ -3388,7 +3445,7 @@ class Pipe:
     def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
         """feed() for bytes that `body` has to take the framing off."""
         outs, shortcut = [], self._shortcut
-        if shortcut is not None and len(data) > 1024:
+        if shortcut is not None and len(data) > 4096:
             for _ in range(3):          # up to the end of a chunk, perhaps to learn from it, and then a run of them
                 size = body.missing
                 if size == 0 and shortcut.ready:
@@ -6145,6 +6202,7 @@ class Witness:
         self._context, self._model, self._decoder = context, model, decoder
         self._thought = False
         self.frame_end, self.text_keys, self.text_of = decoder.frame_end, decoder.text_keys, decoder.text_of
+        self.envelope = decoder.envelope
 
     @property
     def plain(self) -> bool:
