@@ -667,11 +667,12 @@ class FrameDecoder:
 
     def _frames(self, lines: list[bytes]) -> list[tuple]:
         frames: list[tuple] = []
+        if self._first and any(lines):
+            self._first = False
+            at = next(at for at, line in enumerate(lines) if line)
+            if lines[at][:3] == b"\xef\xbb\xbf":
+                lines[at] = lines[at][3:]
         for line in lines:
-            if self._first and line:
-                if line[:3] == b"\xef\xbb\xbf":
-                    line = line[3:]
-                self._first = False
             if line[:5] == b"data:":
                 self._data(line[5:].strip(), frames)
             elif not line:
@@ -753,6 +754,7 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 # By their length: CR LF, size line, CR LF -> how far it is from there to the next of these.
 _STRIDES: dict = {6: {}, 7: {}, 5: {}, 8: {}}
+_SIZES: dict = {}                       # size lines without CR LF -> size
 
 
 class ChunkedDecoder:
@@ -790,6 +792,7 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
+        whole: list = []
         if self._held == b"\r\n":       # between two chunks; what slow models send is one chunk at a time
             line = data[:data.find(b"\n") + 1]
             if _STRIDES.get(len(line) + 2, _STRIDES[6]).get(b"\r\n" + line) == len(data) and data.endswith(b"\r\n"):
@@ -797,11 +800,13 @@ class ChunkedDecoder:
                 if self.content > self._limit:
                     raise BodyTooLarge("body too large")
                 return data if self._framed else data[len(line):-2]
+            if not self._framed:
+                whole, data = self._whole_chunks(data)
         start, at = 0, self._skip
         if self._held:
             data, start, self._held = self._held + data, self._passed, b""
         self.content += min(at, len(data))
-        pieces = [data[:at]] if at and not self._framed else []
+        pieces = [data[:at]] if at and not self._framed else whole
         end = len(data)
         try:
             at = self._step(data, at, pieces)
@@ -821,6 +826,19 @@ class ChunkedDecoder:
         if self._framed:
             return data[start:end]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _whole_chunks(self, data: bytes) -> tuple[list, bytes]:
+        """(the contents of whole chunks of known sizes, what is left): a guess that they hold no CR LF, compared."""
+        parts = data.split(b"\r\n")
+        count = len(parts) - 1 >> 1
+        if parts[-3:] == [b"0", b"", b""]:
+            count -= 1
+        contents = parts[1:2 * count:2]
+        sizes = list(map(len, contents))
+        if not contents or list(map(_SIZES.get, parts[0:2 * count:2])) != sizes:
+            return [], data
+        self.content += sum(sizes)
+        return contents, b"\r\n".join(parts[2 * count:])
 
     def _step(self, data: bytes, at: int, pieces: list) -> int:
         """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
@@ -874,6 +892,7 @@ class ChunkedDecoder:
             return 0, 0
         if width in _STRIDES and len(_STRIDES[width]) < 4096:
             _STRIDES[width][data[at:stop + 1]] = width + size
+            _SIZES[data[at + 2:stop - 1]] = size
         return width, width + size
 
     def _finish(self) -> None:
@@ -1475,8 +1494,13 @@ def parse_message(message: Any) -> Message:
                    as_text(message.get("tool_name")) or (as_text(message.get("name")) if role == "tool" else ""))
 
 
+_BARE = frozenset(("model", "messages", "stream"))
+
+
 def _common(body: dict) -> dict:
     """The fields that /api/chat and /api/generate share, as arguments of ChatCall."""
+    if body.keys() <= _BARE:
+        return dict(stream=field(body, "stream", bool, True), want_usage=True)
     wire = field(body, "options", dict, {})
     for name, key in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "num_predict")):
         if body.get(name) is not None:          # some AI SDK providers lift these to the top level
@@ -1498,7 +1522,9 @@ def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
     model = require_model(body)
     if not model:
         raise BadRequest("model is required")
-    messages = tuple(parse_message(message) for message in field(body, "messages", list, []))
+    messages = tuple([parse_message(message) for message in field(body, "messages", list, [])])
+    if body.keys() <= _BARE:
+        return ChatCall(model, "chat", messages, **_common(body))
     system, prompt = field(body, "system", str, ""), field(body, "prompt", str, "")
     if not messages and prompt:
         messages = (Message("user", prompt),)
@@ -3652,6 +3678,11 @@ class Target(NamedTuple):
     name: str = ""                  # the preset's name, "" for a plain URL
 
     @property
+    def place(self) -> tuple:
+        """What tells it from other servers."""
+        return self[:3]
+
+    @property
     def url(self) -> str:
         """As a user would write it, for banners and errors; never with a key."""
         return f"{self.scheme}://{self.authority}{self.base}"
@@ -4541,6 +4572,7 @@ class Clock:
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r\n]*))?")
 _FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*([^\r\n\0]*?)[ \t]*\Z")
 _KNOWN_FIELDS: dict = {}                # header line -> (name, value): a server repeats most of its lines
+_KNOWN_ANSWERS: dict = {}               # whole heads, of streams
 
 
 def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
@@ -4548,6 +4580,9 @@ def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
 
     Lenient about line ends, strict about shape.  Raises BadUpstreamPayload.
     """
+    known = _KNOWN_ANSWERS.get(head)
+    if known is not None:
+        return known
     lines = head.replace(b"\r\n", b"\n").split(b"\n")
     match = _STATUS_LINE.fullmatch(lines[0])
     if not match:
@@ -4564,7 +4599,12 @@ def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
                 headers[name] = f"{headers[name]}, {value}"
         else:
             headers[name] = value
-    return int(match[1]), int(match[2]), (match[3] or b"").decode("latin-1"), headers
+    known = int(match[1]), int(match[2]), (match[3] or b"").decode("latin-1"), headers
+    if "content-length" not in headers and len(head) < 2048:
+        if len(_KNOWN_ANSWERS) >= 64:
+            _KNOWN_ANSWERS.clear()
+        _KNOWN_ANSWERS[head] = known
+    return known
 
 
 def _parse_field(line: bytes) -> tuple[str, str]:
@@ -4690,7 +4730,7 @@ class Upstream:
 
     def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
         self._config, self._loop = config, loop
-        self._pool: dict = {}           # (scheme, host, port, proxy) -> [(socket, idle since)]
+        self._pool: dict = {}           # (place, proxy) -> [(socket, idle since)]
         self._lock = threading.Lock()
         self._context: Any = None
         self._routes: dict = {}         # (scheme, host, port) -> proxy or None
@@ -4732,7 +4772,7 @@ class Upstream:
 
     async def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
                         timeout: Optional[float]) -> Reply:
-        place = target.scheme, target.host, target.port
+        place = target.place
         via = self._routes[place] if place in self._routes else await work(self._proxy_for, target)
         wire = self._request_head(target, method, path, tuple(headers), via)
         if not isinstance(body, bytes):
@@ -4742,7 +4782,7 @@ class Upstream:
         else:
             wire += b"\r\n"
         patience = timeout or self._config.timeout
-        key = (target.scheme, target.host, target.port, via[:2] if via else None) if self._loop else None
+        key = (place, via[:2] if via else None) if self._loop else None
         for fresh in (False, True):
             # A body that streams can be sent once: not on a connection that may be dead.
             sock = None if fresh or key is None or not isinstance(body, bytes) else self._take(key)
@@ -4770,7 +4810,7 @@ class Upstream:
 
     def _request_head(self, target: Target, method: str, path: str, headers: tuple, via: Optional[tuple]) -> bytes:
         """The head but for its last line, remembered: most requests differ in their bodies alone."""
-        key = target.scheme, target.host, target.port, method, path, headers
+        key = target.place, method, path, headers
         known = self._heads.get(key)
         if known is None:
             plain_proxy = via is not None and target.scheme == "http"
@@ -4965,7 +5005,7 @@ class Upstream:
                     login = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
                 if parts.hostname:
                     route = (parts.hostname, port, login)
-        self._routes[target.scheme, target.host, target.port] = route
+        self._routes[target.place] = route
         return route
 
 
@@ -5838,6 +5878,8 @@ class Log:
         self._lock = threading.Lock()
         self._lost = 0                  # lines that nobody took
         self._second = (0, "")
+        self._known: dict = {}          # request lines as they are written
+        self._outlets: dict = {}        # stream -> what tells whether it takes more
 
     def redact(self, text: str) -> str:
         """`text` without any key of ours."""
@@ -5853,8 +5895,12 @@ class Log:
         second, known = int(time.time()), self._second
         if known[0] != second:
             known = self._second = (second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second)))
-        line = one_line(request_line, 400).replace('"', "%22")
-        self._write(sys.stdout, self.redact(f'ACCESS: {known[1]} {client} "{line}" {status} {size} {milliseconds:.1f}ms'))
+        line = self._known.get(request_line)
+        if line is None:
+            if len(self._known) >= 256:
+                self._known.clear()
+            line = self._known[request_line] = self.redact(one_line(request_line, 400).replace('"', "%22"))
+        self._write(sys.stdout, f'ACCESS: {known[1]} {client} "{line}" {status} {size} {milliseconds:.1f}ms')
 
     def debug(self, text: Any) -> None:
         """One [PROXY] line, when --debug is given."""
@@ -5878,27 +5924,30 @@ class Log:
             with self._lock:
                 if self._lost:
                     text = f"\n({self._lost} lines were lost: nobody read the log)\n{text}"
-                for at in range(0, len(text), 1000):    # a pipe that is ready takes 4096 bytes
-                    if not takes_more(stream):
+                takes_more = self._outlets.get(stream) or self._outlet(stream)
+                text += "\n"
+                while text:             # a pipe that is ready takes 4096 bytes
+                    if not takes_more(0):
                         self._lost += 1
                         return
-                    stream.write(text[at:at + 1000] + ("\n" if at + 1000 >= len(text) else ""))
+                    stream.write(text[:1000])
                     stream.flush()
+                    text = text[1000:]
                 self._lost = 0
         except (OSError, ValueError, AttributeError, UnicodeError):
             pass
 
-
-def takes_more(stream: Any) -> bool:
-    """Whether a write to a pipe or a terminal goes on at once, as far as the system tells (POSIX)."""
-    if not hasattr(select, "poll"):
-        return True
-    try:
-        poller = select.poll()
-        poller.register(stream.fileno(), select.POLLOUT)
-        return bool(poller.poll(0))
-    except (OSError, ValueError, AttributeError):
-        return True                     # no file at all, such as a test's
+    def _outlet(self, stream: Any) -> Callable:
+        """What tells whether a write to a pipe or a terminal goes on at once, as far as the system knows (POSIX)."""
+        try:
+            poller = select.poll()
+            poller.register(stream.fileno(), select.POLLOUT)
+            takes_more = poller.poll
+        except (OSError, ValueError, AttributeError):
+            def takes_more(patience: float) -> bool:    # Windows, or no file at all, such as a test's
+                return True
+        self._outlets = {stream: takes_more}
+        return takes_more
 
 
 class Context:
@@ -6087,7 +6136,7 @@ async def send(scope: Scope, request: Request, dialect: Dialect, wire: WireReque
     path = context.path(native, wire.path)
     headers = context.headers(request) + [("Content-Type", JSON), ("Accept", EVENT_STREAM if wire.body.get("stream")
                                                                    and not native else JSON)]
-    where = (context.target.url, wire.path, model)
+    where = (wire.path, model)
     body, tried, lessons, first = dict(wire.body), [], [], None
     context.healer.apply(where, context.target.preset, body)
     patient_until = time.monotonic() + context.config.timeout
@@ -6171,7 +6220,9 @@ async def converse(request: Request, scope: Scope) -> Response:
         call = as_continuation(call)
     if target is OLLAMA:
         call = await for_ollama(call, info, context.config)
-    wired = call._replace(model=info.id, messages=context.keepsakes.attach(call.messages))
+    wired, messages = call, context.keepsakes.attach(call.messages)
+    if info.id != call.model or messages is not call.messages:
+        wired = call._replace(model=info.id, messages=messages)
     habits = context.habits()
     wire = target.render_chat(wired, habits, info.context_now or info.context)
     sent = time.monotonic_ns()
@@ -7438,7 +7489,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     async def _read_body(self, request: Request) -> bytes:
         """The whole body, unpacked.  Raises BadRequest 400, 408, 413 or 415."""
         limit = self.context.config.max_body
-        body = await BodyReader(self, request, limit).read_all()
+        length, data = request.length or 0, self._buffer
+        if 0 < length <= len(data) and length <= limit:     # it came with the head, as nearly all do
+            body = data[:length]
+            self.put_back(data[length:])
+        else:
+            body = await BodyReader(self, request, limit).read_all()
         coding = request.headers.get("content-encoding")
         return await work(unpack_body, body, coding.strip().lower(), limit) if coding else body
 
@@ -7604,14 +7660,12 @@ class BodyReader:
 
     async def read_all(self) -> bytes:
         """The whole body."""
-        piece = await self.read()
-        if not self._left and self._decoder is None:
-            return piece                # it came at once, as nearly all do
         pieces = []
-        while piece:
-            pieces.append(piece)
+        while True:
             piece = await self.read()
-        return b"".join(pieces)
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
 
     async def read(self) -> bytes:
         """The next piece, b"" at the end."""
