@@ -4312,6 +4312,14 @@ class Task:
         elif self._loop.poller.is_gone(self._client):
             self.step(self._coroutine.throw, ClientGone("client closed the connection"))
 
+    def wake(self, value: Any) -> None:
+        """What it awaits has happened: `value`, raised if it is an exception."""
+        self.step(self._coroutine.throw if isinstance(value, Exception) else self._coroutine.send, value)
+
+    def renew(self, seconds: float) -> None:
+        """What it awaits may take as long again."""
+        self._since, self._limit = self._loop.now, seconds
+
     def close(self) -> None:
         """Ends it wherever it waits."""
         try:
@@ -4342,13 +4350,12 @@ class Task:
                 sock, self._mask, self._limit, self.quick = asked
                 self._since = loop.now
                 if sock is not None:
-                    fd = sock.fileno()
-                    self._sock, self._fd = sock, fd
-                    if loop.entries.get(fd) is not self:
-                        loop.entries[fd] = self
-                    known = loop.poller.masks.get(fd, 0)
-                    if known & self._mask != self._mask:
-                        loop.poller.set(sock, fd, known | self._mask | (GONE if fd == self._client_fd else 0))
+                    self._sock, self._fd = sock, sock.fileno()
+                    loop.watch(self, sock, self._fd, self._mask | (GONE if self._fd == self._client_fd else 0))
+                return
+            if type(asked) is not Work:
+                self._mask, self._since, self._limit, self.quick = 0, loop.now, 1e9, False
+                asked.begin(self, loop)
                 return
             self._asked = asked
             try:
@@ -4381,7 +4388,7 @@ class Loop:
 
     def __init__(self, poller: Any = None, grain: float = 1.0) -> None:
         self.poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())
-        self.entries: dict = {}         # descriptor -> Task
+        self.entries: dict = {}         # descriptor -> Task or Flow
         self.tasks: set = set()
         self.crew = Crew()
         self.now = time.monotonic()
@@ -4402,6 +4409,14 @@ class Loop:
             self.entries[client.fileno()] = task
             self.poller.set(client, client.fileno(), READ | GONE)
         task.step(coroutine.send, None)
+
+    def watch(self, entry: Any, sock: Any, fd: int, mask: int) -> None:
+        """From now on entry.ready(fd, flags) hears of a socket."""
+        if self.entries.get(fd) is not entry:
+            self.entries[fd] = entry
+        known = self.poller.masks.get(fd, 0)
+        if known & mask != mask:
+            self.poller.set(sock, fd, known | mask)
 
     def forget(self, sock: Any) -> None:
         """Must be called before a socket that was waited for is closed: its number is used again at once."""
@@ -4439,10 +4454,13 @@ class Loop:
             slow = []
             for event in ready:
                 entry = entries.get(event[0])
-                if entry is not None and entry.quick:
-                    self._serve(*event)
-                else:
+                if entry is None or not entry.quick:
                     slow.append(event)
+                    continue
+                try:
+                    entry.ready(*event)
+                except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
+                    complain(error)
             for event in slow:
                 self._serve(*event)
                 if time.monotonic() - now > self._TURN:
@@ -7577,35 +7595,23 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return await self._done(request, response.status, self._sent, keep and pipe.clean, pipe.failure)
 
     async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
-        """One read, all of it translated, one write.  A client that does not read stops the reading."""
-        client, sock, loop = self.connection, reply.sock, self.server.loop
-        timeout, tap = self.context.config.timeout, self.context.log.tap
-        while True:
-            if out:
+        """Carries a stream to its end.  A client that does not read stops the reading."""
+        timeout = self.context.config.timeout
+        flow = Flow(reply, pipe, self.connection, self.context.log.tap, self.server.loop, timeout)
+        try:
+            while True:
+                if out:
+                    await send_all(self.connection, out, self.patience)
+                    self._sent += len(out)
+                if pipe.done:
+                    reply.ending = pipe.failure is None and pipe.clean
+                    return
                 try:
-                    size = client.send(out)
-                except OSError as error:
-                    if not unready(error):
-                        raise
-                    size = 0
-                self._sent += size
-                if size < len(out):
-                    await send_all(client, memoryview(out)[size:], self.patience)
-                    self._sent += len(out) - size
-            if pipe.done:
-                reply.ending = pipe.failure is None and pipe.clean
-                return
-            try:
-                if not holds_bytes(sock):
-                    await wait(sock, READ, timeout, True)
-                size = sock.recv_into(loop.buffer)
-            except Expired:
-                out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))
-            except OSError as error:
-                out = b"" if unready(error) else pipe.fail(
-                    StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
-            else:
-                out = translate(reply.body, pipe, bytes(loop.view[:size]), tap)
+                    out = flow.take() or b"" if holds_bytes(reply.sock) else await flow
+                except Expired:
+                    out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))
+        finally:
+            self._sent += flow.sent
 
     async def _done(self, request: Request, status: int, size: int, keep: bool,
                     failure: Optional[Exception] = None) -> bool:
@@ -7645,6 +7651,71 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 pass
         except (OSError, Expired, ClientGone):
             pass
+
+
+class Flow:
+    """A stream while nothing is unusual: one read, all of it translated, one write, without waking the task.
+
+    `await flow` returns bytes that the client did not take at once, or b"" when the pipe is done.  Raises
+    ClientGone, or Expired when the upstream is silent for `seconds`.
+    """
+
+    __slots__ = ("quick", "sent", "_sock", "_body", "_pipe", "_client", "_tap", "_seconds", "_task", "_loop")
+
+    def __init__(self, reply: Reply, pipe: Any, client: Any, tap: Optional[Callable], loop: Loop, seconds: float) -> None:
+        self._sock, self._body, self._pipe, self._client, self._tap = reply.sock, reply.body, pipe, client, tap
+        self._loop, self._seconds = loop, seconds
+        self._task: Any = None
+        self.quick = True
+        self.sent = 0
+
+    def __await__(self) -> Any:
+        fd = self._sock.fileno()
+        try:
+            return (yield self)
+        finally:
+            if self._loop.entries.get(fd) is self:
+                self._loop.entries[fd] = self._task     # which does not read while it waits for something else
+
+    def begin(self, task: Task, loop: Loop) -> None:
+        """From now on it hears of the upstream's socket in place of `task`, which waits."""
+        self._task = task
+        task.renew(self._seconds)
+        loop.watch(self, self._sock, self._sock.fileno(), READ)
+
+    def ready(self, fd: int, flags: int) -> None:
+        """The upstream has sent something, or has ended."""
+        try:
+            rest: Any = self.take()
+        except Exception as error:      # noqa: BLE001  the task's to handle
+            rest = error
+        if rest is None:
+            self._task.renew(self._seconds)
+        else:
+            self._task.wake(rest)
+
+    def take(self) -> Optional[bytes]:
+        """One read and one write -> None, or what `await` returns.  Raises ClientGone."""
+        loop = self._loop
+        try:
+            data = bytes(loop.view[:self._sock.recv_into(loop.buffer)])
+        except OSError as error:
+            if unready(error):
+                return None
+            out = self._pipe.fail(StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
+        else:
+            out = translate(self._body, self._pipe, data, self._tap)
+        size = 0
+        if out:
+            try:
+                size = self._client.send(out)
+            except OSError as error:
+                if not unready(error):
+                    raise ClientGone("client closed the connection") from None
+            self.sent += size
+        if size < len(out):
+            return out[size:]
+        return b"" if self._pipe.done else None
 
 
 class BodyReader:
