@@ -956,7 +956,10 @@ class BodyDecoder:
     @property
     def missing(self) -> int:
         """How many bytes of the socket are left of a chunk that was begun, 0 between two; -1 if that cannot be told."""
-        return self._chunks.missing if self._chunks is not None and self._plain else -1
+        chunks = self._chunks
+        if chunks is None or not self._plain:
+            return -1
+        return chunks.missing
 
     def keep_chunks(self) -> Optional[ChunkedDecoder]:
         """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
@@ -1909,7 +1912,9 @@ class OllamaEncoder:
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
-        self.count(len(texts))
+        if not self._deltas:
+            self._first = self._clock.now()
+        self._deltas += len(texts)
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
         self.stamp = self._clock.stamp()
@@ -3255,6 +3260,8 @@ class Shortcut:
         self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
         self._head = self._tail = b""   # what stands before and after a text
         self._after = b""               # if a timestamp follows the head: what stands between that and the text
+        self._end = b""                 # what ends a chunk
+        self._starts: dict = {}         # length of a chunk -> its size line and head
         self._vain = 0
         self._plain = False             # the decoder has nothing pending: only the ordinary way changes that
         self.overhead = 0               # bytes of chunk framing among those handed out
@@ -3263,10 +3270,6 @@ class Shortcut:
 
     def feed(self, data: bytes, ordinary: Callable) -> bytes:
         """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
-        if self._head and self._plain and not self._rest and data.endswith(self._tail) and data.startswith(self._head):
-            text = _PLAIN_KNOWN.get(data[len(self._head):-len(self._tail)])
-            if text:                    # one frame with a token that was met before: what slow models send
-                return self._lines([text])
         end = len(data) if b"\r" in data else data.rfind(b"\n") + 1
         if not end:
             self._rest.append(data)
@@ -3310,6 +3313,7 @@ class Shortcut:
         self._vain += 1
         stamp = _STAMP.search(self._head)
         self._head, self._after = (self._head[:stamp.start()], self._head[stamp.end():]) if stamp else (self._head, b"")
+        self._end, self._starts = self._tail + b"\r\n", {}
 
     def _found(self, frame: bytes, said: str) -> tuple[bytes, bytes]:
         """What surrounds the text in a frame, found by looking for it; empty if that fails."""
@@ -3320,19 +3324,18 @@ class Shortcut:
         head, tail = frame[:at], frame[at + len(text) - 2:]
         return (head, tail) if at and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
 
-    @property
-    def ready(self) -> bool:
-        """An envelope is known, and nothing is pending."""
-        return bool(self._head) and self._plain and not self._rest
+    def is_ready(self, body: BodyDecoder) -> bool:
+        """An envelope is known, nothing is pending, and the upstream's next bytes begin an HTTP chunk."""
+        return bool(self._head) and self._plain and not self._rest and body.missing == 0
 
     def chunks(self, data: bytes) -> tuple[bytes, int]:
-        """feed(), when ready, for bytes from the socket that begin between two HTTP chunks: (client bytes, how
+        """feed(), when it is_ready(), for bytes from the socket that begin between two HTTP chunks: (client bytes, how
         many bytes of `data` they are for).
 
         Most servers send each frame in a chunk of its own.  Then the size line is as predictable as the rest
         of the envelope, and both are taken off in one go.
         """
-        end = self._tail + b"\r\n"
+        end = self._end
         frames = data.split(end)
         frames.pop()
         lengths = list(map(len, frames))
@@ -3341,6 +3344,21 @@ class Shortcut:
         if None in plain:
             del plain[plain.index(None):]       # that one goes the ordinary way, with what is behind it
         return self._lines(plain), sum(lengths[:len(plain)]) + len(end) * len(plain)
+
+    def token(self, data: bytes) -> bytes:
+        """chunks() for one chunk with a text that was met before, as slow models send them; b"" for anything else."""
+        start = self._starts.get(len(data))
+        if start is None:
+            start = self._starts[len(data)] = self._start_of_chunk(len(data) - len(self._tail) - 2)
+        if data.startswith(start) and data.endswith(self._end) and not self._after:
+            text = _PLAIN_KNOWN.get(data[len(start):-len(self._end)])
+            if text and self._chunked:
+                before, after = self._encoder.around([text])
+                size = len(before) + len(text) + len(after)
+                out = b"%x\r\n%b%b%b\r\n" % (size, before, text, after)
+                self.overhead += len(out) - size
+                return out
+        return b""
 
     def _start_of_chunk(self, length: int) -> bytes:
         """Size line and head of a chunk that has `length` bytes before its tail."""
@@ -3408,10 +3426,6 @@ class Shortcut:
         if not self._chunked:
             return b"".join([before + text + after for text in texts])
         fixed = len(before) + len(after)
-        if len(texts) == 1:
-            out = b"%x\r\n%b%b%b\r\n" % (fixed + len(texts[0]), before, texts[0], after)
-            self.overhead += len(out) - fixed - len(texts[0])
-            return out
         lengths = list(map(len, texts))
         starts = {length: b"%x\r\n%b" % (fixed + length, before) for length in set(lengths)}
         after += b"\r\n"
@@ -3471,15 +3485,18 @@ class Pipe:
     def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
         """feed() for bytes that `body` has to take the framing off."""
         outs, shortcut = [], self._shortcut
-        if shortcut is not None and len(data) > 4096:
+        if shortcut is not None and len(data) < 1024 and shortcut.is_ready(body):
+            out = shortcut.token(data)
+            if out:
+                return out
+        elif shortcut is not None and len(data) > 4096:
             for _ in range(3):          # up to the end of a chunk, perhaps to learn from it, and then a run of them
-                size = body.missing
-                if size == 0 and shortcut.ready:
+                if shortcut.is_ready(body):
                     lines, size = shortcut.chunks(data)
                     outs.append(lines)
                     data = data[size:]
                     break
-                size = size or data.find(b"\n\r\n", 250) + 3
+                size = body.missing or data.find(b"\n\r\n", 250) + 3
                 if not 2 < size < len(data):
                     break
                 content, data = body.feed(data[:size]), data[size:]
@@ -4279,18 +4296,18 @@ class SelectorPoller:
 class Task:
     """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's).
 
-    `_since` and `_limit` are when the wait began and how many seconds it may take; `_asked` is work under
+    `since` and `_limit` are when the wait began and how many seconds it may take; `_asked` is work under
     way in another thread, which no sweep ends.
     """
 
-    __slots__ = ("quick", "_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "_since", "_limit", "_asked")
+    __slots__ = ("quick", "_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "since", "_limit", "_asked")
 
     def __init__(self, loop: "Loop", coroutine: Any, client: Any) -> None:
         self._loop, self._coroutine, self._client = loop, coroutine, client
         self._client_fd = client.fileno() if client is not None else -1
         self.quick = False
         self._sock: Any = None
-        self._fd, self._mask, self._since, self._limit = -1, 0, 0.0, 0.0
+        self._fd, self._mask, self.since, self._limit = -1, 0, 0.0, 0.0
         self._asked: Optional[Work] = None
 
     def ready(self, fd: int, flags: int) -> None:
@@ -4316,10 +4333,6 @@ class Task:
         """What it awaits has happened: `value`, raised if it is an exception."""
         self.step(self._coroutine.throw if isinstance(value, Exception) else self._coroutine.send, value)
 
-    def renew(self, seconds: float) -> None:
-        """What it awaits may take as long again."""
-        self._since, self._limit = self._loop.now, seconds
-
     def close(self) -> None:
         """Ends it wherever it waits."""
         try:
@@ -4329,7 +4342,7 @@ class Task:
 
     def sweep(self) -> None:
         """Ends a wait that took too long."""
-        if self._asked is None and self._loop.now - self._since > self._limit:
+        if self._asked is None and self._loop.now - self.since > self._limit:
             self.step(self._coroutine.throw, Expired())
 
     def step(self, how: Callable, value: Any) -> None:
@@ -4348,14 +4361,14 @@ class Task:
                 return
             if type(asked) is tuple:
                 sock, self._mask, self._limit, self.quick = asked
-                self._since = loop.now
+                self.since = loop.now
                 if sock is not None:
                     self._sock, self._fd = sock, sock.fileno()
                     loop.watch(self, sock, self._fd, self._mask | (GONE if self._fd == self._client_fd else 0))
                 return
             if type(asked) is not Work:
-                self._mask, self._since, self._limit, self.quick = 0, loop.now, 1e9, False
-                asked.begin(self, loop)
+                self._mask, self.since, self._limit, self.quick = 0, loop.now, asked.seconds, False
+                asked.begin(self)
                 return
             self._asked = asked
             try:
@@ -7660,11 +7673,11 @@ class Flow:
     ClientGone, or Expired when the upstream is silent for `seconds`.
     """
 
-    __slots__ = ("quick", "sent", "_sock", "_body", "_pipe", "_client", "_tap", "_seconds", "_task", "_loop")
+    __slots__ = ("quick", "sent", "_sock", "_body", "_pipe", "_client", "_tap", "seconds", "_task", "_loop")
 
     def __init__(self, reply: Reply, pipe: Any, client: Any, tap: Optional[Callable], loop: Loop, seconds: float) -> None:
         self._sock, self._body, self._pipe, self._client, self._tap = reply.sock, reply.body, pipe, client, tap
-        self._loop, self._seconds = loop, seconds
+        self._loop, self.seconds = loop, seconds
         self._task: Any = None
         self.quick = True
         self.sent = 0
@@ -7677,11 +7690,10 @@ class Flow:
             if self._loop.entries.get(fd) is self:
                 self._loop.entries[fd] = self._task     # which does not read while it waits for something else
 
-    def begin(self, task: Task, loop: Loop) -> None:
+    def begin(self, task: Task) -> None:
         """From now on it hears of the upstream's socket in place of `task`, which waits."""
         self._task = task
-        task.renew(self._seconds)
-        loop.watch(self, self._sock, self._sock.fileno(), READ)
+        self._loop.watch(self, self._sock, self._sock.fileno(), READ)
 
     def ready(self, fd: int, flags: int) -> None:
         """The upstream has sent something, or has ended."""
@@ -7690,7 +7702,7 @@ class Flow:
         except Exception as error:      # noqa: BLE001  the task's to handle
             rest = error
         if rest is None:
-            self._task.renew(self._seconds)
+            self._task.since = self._loop.now
         else:
             self._task.wake(rest)
 
