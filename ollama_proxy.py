@@ -750,6 +750,7 @@ def http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+LAST_CHUNK = b"0\r\n\r\n"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 # By their length: CR LF, size line, CR LF -> how far it is from there to the next of these.
@@ -800,13 +801,16 @@ class ChunkedDecoder:
                 if self.content > self._limit:
                     raise BodyTooLarge("body too large")
                 return data if self._framed else data[len(line):-2]
-            if not self._framed:
+            if len(data) < 16384 or not self._framed:
                 whole, data = self._whole_chunks(data)
+                if data == LAST_CHUNK and whole and self.content <= self._limit:
+                    self._held, self._trailers, self.done = b"", True, True
+                    return whole[0] if len(whole) == 1 else b"".join(whole)
         start, at = 0, self._skip
         if self._held:
             data, start, self._held = self._held + data, self._passed, b""
         self.content += min(at, len(data))
-        pieces = [data[:at]] if at and not self._framed else whole
+        pieces = [data[:at]] if at and not self._framed else list(whole)
         end = len(data)
         try:
             at = self._step(data, at, pieces)
@@ -819,16 +823,17 @@ class ChunkedDecoder:
                 self._understood = end
                 self._finish()
         except ValueError:
-            self.salvaged = data[start:self._understood] if self._framed else b"".join(pieces)
+            self.salvaged = b"".join(whole + [data[start:self._understood]] if self._framed else pieces)
             raise
         if self.content > self._limit:
             raise BodyTooLarge("body too large")
         if self._framed:
-            return data[start:end]
+            return whole[0] + data[start:end] if whole else data[start:end]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _whole_chunks(self, data: bytes) -> tuple[list, bytes]:
-        """(the contents of whole chunks of known sizes, what is left): a guess that they hold no CR LF, compared."""
+        """(the contents of whole chunks of known sizes, or all of these in one piece if it is `framed`; what is
+        left): a guess that no content holds a CR LF, compared."""
         parts = data.split(b"\r\n")
         count = len(parts) - 1 >> 1
         if parts[-3:] == [b"0", b"", b""]:
@@ -838,7 +843,8 @@ class ChunkedDecoder:
         if not contents or list(map(_SIZES.get, parts[0:2 * count:2])) != sizes:
             return [], data
         self.content += sum(sizes)
-        return contents, b"\r\n".join(parts[2 * count:])
+        rest = b"\r\n".join(parts[2 * count:])
+        return ([data[:len(data) - len(rest)]] if self._framed else contents), rest
 
     def _step(self, data: bytes, at: int, pieces: list) -> int:
         """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
@@ -3107,9 +3113,6 @@ OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_
 # A pipe takes body bytes of the upstream and gives bytes for the client's socket:
 # everything that has arrived is decoded, encoded and handed out in one piece.
 # ----------------------------------------------------------------------------
-
-LAST_CHUNK = b"0\r\n\r\n"
-
 
 class ReasoningFilter:
     """Applies --reasoning to a stream of events: "drop" leaves thinking out, "merge" puts it into the
@@ -5857,7 +5860,7 @@ class Request:
     """What a client asks.  `body` is read by the server before the operation, unless the route streams it."""
 
     __slots__ = ("method", "target", "path", "query", "version", "headers", "body", "chunks", "route", "arguments",
-                 "started", "keep", "length", "chunked")
+                 "started", "keep", "length", "chunked", "alike", "travelling")
 
     def __init__(self, method: str, target: str, version: int, headers: dict) -> None:
         self.method, self.target, self.version, self.headers = method, target, version, headers
@@ -5871,6 +5874,8 @@ class Request:
         self.keep = version == 1
         self.length: Optional[int] = None
         self.chunked = False
+        self.alike = self               # the first request with this head, which keeps what follows from it
+        self.travelling: Optional[list] = None
 
     def again(self, length: Optional[int]) -> "Request":
         """Another request with the same head but for the length of its body."""
@@ -5878,7 +5883,7 @@ class Request:
         other.method, other.target, other.path, other.query = self.method, self.target, self.path, self.query
         other.version, other.headers, other.keep, other.chunked = self.version, self.headers, self.keep, self.chunked
         other.body, other.chunks, other.route, other.arguments = b"", None, None, ()
-        other.length, other.started = length, time.monotonic_ns()
+        other.length, other.started, other.alike = length, time.monotonic_ns(), self
         return other
 
 
@@ -6633,6 +6638,12 @@ def openai_entry(info: ModelInfo, api: str) -> dict:
 
 def client_headers(request: Request) -> list:
     """The headers of a client that may travel on."""
+    if request.alike.travelling is None:
+        request.alike.travelling = _travelling(request)
+    return request.alike.travelling
+
+
+def _travelling(request: Request) -> list:
     listed = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
     return [(name, value) for name, value in request.headers.items()
             if name not in HOP_BY_HOP and name not in PRIVATE_HEADERS and name not in listed and name != "user-agent"
@@ -7555,10 +7566,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         second, date = int(time.time()), self.server.head_cache
         if date[0] != second:
             date = self.server.head_cache = (second, f"Date: {self.date_time_string(second)}\r\n\r\n".encode("ascii"))
-        if self._cors or response.headers:
+        if self._cors:
             head = self._first_lines(request, response, length is None, keep)
         else:
-            key = response.status, response.media_type, length is None, request.version, keep
+            key = response.status, response.media_type, response.headers, length is None, request.version, keep
             head = self.server.heads.get(key)
             if head is None:
                 if len(self.server.heads) >= 256:
