@@ -654,7 +654,18 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[tuple]:
         """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
-        return self._frames(self._lines.feed(data))
+        frames: list[tuple] = []
+        if data[-2:] == b"\n\n" and not self._first and self.idle and b"\r" not in data:
+            lines = data[:-2].split(b"\n\n")     # as nearly all servers write: a data line, a blank line
+            for at, line in enumerate(lines):
+                value = self._known(line[6:]) if line[:6] == b"data: " and len(line) < 4096 else None
+                if value is None and line != b"data: [DONE]":
+                    data = b"\n\n".join(lines[at:] + [b""])
+                    break
+                frames.append(("", value))
+            else:
+                return frames
+        return frames + self._frames(self._lines.feed(data))
 
     @property
     def idle(self) -> bool:
@@ -1782,7 +1793,8 @@ class OllamaDecoder:
     frame_end = b"\n"
     text_keys = (b'"content":', b'"response":')
 
-    def __init__(self, call: ChatCall, **_: Any) -> None:
+    def __init__(self, call: ChatCall, opened: bool = False) -> None:
+        del opened
         self._lines = LineDecoder()
         self._call = call
         self.done = False
@@ -1895,7 +1907,8 @@ class OllamaEncoder:
     media_type = NDJSON
     tail = b""
 
-    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, **_: Any) -> None:
+    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
+        del reasoning
         self._call, self._clock, self._started, self._sent = call, clock, started, sent
         self._first = 0                 # when the first delta was encoded
         self._deltas = 0
@@ -3466,8 +3479,8 @@ class Pipe:
 
     def __init__(self, decoder: Any, encoder: Any, reasoning: Optional[Callable] = None, chunked: bool = True,
                  tap: Optional[Callable] = None, shortcut: bool = True,
-                 redact: Callable = lambda text: text) -> None:
-        self._redact = redact
+                 redact: Callable = lambda text: text, witness: Callable = lambda events: None) -> None:
+        self._redact, self._witness = redact, witness
         self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
         self._chunked, self._tap = chunked, tap
         self._shortcut = Shortcut(decoder, encoder, chunked) if shortcut and reasoning is None and tap is None else None
@@ -3529,6 +3542,7 @@ class Pipe:
         return self._encode(events), events
 
     def _encode(self, events: list) -> bytes:
+        self._witness(events)
         if self._reasoning is not None:
             events = self._reasoning(events)
         if not events:
@@ -3931,6 +3945,11 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + 
         secret = {row.field for row in SETTINGS if row.secret}
         return "Config(%s)" % ", ".join(f"{name}={'***' if name in secret and value else repr(value)}"
                                         for name, value in self._asdict().items())
+
+    @property
+    def reasoning_keys(self) -> tuple:
+        """The keys under which an OpenAI client finds thinking."""
+        return ("reasoning_content", "reasoning") if self.reasoning_field == "both" else (self.reasoning_field,)
 
     @property
     def secrets(self) -> tuple:
@@ -4702,7 +4721,12 @@ class Reply:
 
     async def receive(self) -> bytes:
         """The next bytes of the socket, framing and all.  Raises StreamTruncated or UpstreamTimeout."""
-        return await self._upstream.receive(self.sock, self.patience)
+        try:
+            return await receive(self.sock, self.patience, READ_SIZE, True)
+        except Expired:
+            raise UpstreamTimeout(f"upstream was silent for {self.patience:g} s") from None
+        except OSError as error:
+            raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
 
     async def recv(self) -> bytes:
         """The next body bytes, b"" at the end.  Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload."""
@@ -4878,8 +4902,10 @@ class Upstream:
         data = b""
         while True:
             try:
-                piece = await self.receive(sock, patience, max(0.0, deadline - time.monotonic()))
-            except StreamTruncated:
+                piece = await receive(sock, max(0.0, deadline - time.monotonic()), READ_SIZE, True)
+            except Expired:
+                raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
+            except OSError:
                 piece = b""
             data = data + piece if data else piece
             if not piece:
@@ -4910,15 +4936,6 @@ class Upstream:
             await send_all(sock, http_chunk(piece), self._config.timeout)
             piece = await read()
         await send_all(sock, LAST_CHUNK, self._config.timeout)
-
-    async def receive(self, sock: socket.socket, patience: float, left: Optional[float] = None) -> bytes:
-        """One recv with the errors of room 3; `left` is what is left of the patience, when not all of it."""
-        try:
-            return await receive(sock, patience if left is None else left, READ_SIZE, True)
-        except Expired:
-            raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
-        except OSError as error:
-            raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
 
     # -- connections
 
@@ -6270,65 +6287,35 @@ async def converse(request: Request, scope: Scope) -> Response:
             raise
         wire = target.render_chat(as_continuation(wired), habits, info.context)
         reply = await send(scope, request, target, wire, info.id)
-    encoder = client.Encoder(call, context.clock, request.started, sent,
-                             **({"reasoning": reasoning_fields(context.config)} if client is OPENAI else {}))
-    opened = info.id in context.openers or bool(setting_for(context.config, info.id, "open_think"))
-    decoder = Witness(context, info.id, target.Decoder(wired, opened=opened))
-    shape = event_filter(context.config, call)
+    config = context.config
+    encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
+    decoder = target.Decoder(wired, info.id in context.openers or bool(setting_for(config, info.id, "open_think")))
+    witness, shape = Witness(context, info.id, decoder), event_filter(config, call)
     if not call.stream:
-        return whole_answer(await reply.read(), decoder, encoder, shape, context.log, request.started)
-    pipe = Pipe(decoder, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact)
+        return whole_answer(await reply.read(), decoder, encoder, witness, shape, context.log, request.started)
+    pipe = Pipe(decoder, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact, witness=witness)
     return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=await peek(reply, pipe, context.log.tap))
 
 
 class Witness:
-    """A decoder that notes what later requests profit from: provider extras of tool calls, models that
+    """Notes of each event what later requests profit from: provider extras of tool calls, models that
     think, models whose answers begin inside a think tag."""
 
     def __init__(self, context: Context, model: str, decoder: Any) -> None:
         self._context, self._model, self._decoder = context, model, decoder
         self._thought = False
-        self.frame_end, self.text_keys, self.text_of = decoder.frame_end, decoder.text_keys, decoder.text_of
-        self.envelope = decoder.envelope
 
-    @property
-    def plain(self) -> bool:
-        return self._decoder.plain
-
-    @property
-    def done(self) -> bool:
-        return self._decoder.done
-
-    def feed(self, data: bytes) -> list:
-        return self.note(self._decoder.feed(data))
-
-    def close(self) -> list:
-        return self.note(self._decoder.close())
-
-    def decode_body(self, answer: Any) -> list:
-        return self.note(self._decoder.decode_body(answer))
-
-    def note(self, events: list) -> list:
-        """Looks at `events` and hands them on."""
+    def __call__(self, events: list) -> None:
         for event in events:
-            if isinstance(event, TextDelta):
-                continue
-            if isinstance(event, ThinkingDelta):
-                if not self._thought:
-                    self._thought = True
-                    self._context.catalogue.note_thinking(self._model)
-            elif isinstance(event, ToolCalls):
+            kind = type(event)
+            if kind is ThinkingDelta and not self._thought:
+                self._thought = True
+                self._context.catalogue.note_thinking(self._model)
+            elif kind is ToolCalls:
                 self._context.keepsakes.keep(event.calls)
-            elif isinstance(event, Finish):
-                inside = self._decoder.begins_inside
-                if inside is not None:
-                    (self._context.openers.add if inside else self._context.openers.discard)(self._model)
-        return events
-
-
-def reasoning_fields(config: Config) -> tuple:
-    """The keys under which an OpenAI client finds thinking."""
-    return ("reasoning_content", "reasoning") if config.reasoning_field == "both" else (config.reasoning_field,)
+            elif kind is Finish and self._decoder.begins_inside is not None:
+                openers = self._context.openers
+                (openers.add if self._decoder.begins_inside else openers.discard)(self._model)
 
 
 def event_filter(config: Config, call: ChatCall) -> Optional[Callable]:
@@ -6411,7 +6398,7 @@ def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]
         return out + pipe.fail(error)
 
 
-def whole_answer(data: bytes, decoder: "Witness", encoder: Any, shape: Optional[Callable], log: Log,
+def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, shape: Optional[Callable], log: Log,
                  started: int) -> Response:
     """stream:false, whatever the target sent: one document, or a stream all the same."""
     def took() -> str:
@@ -6427,6 +6414,7 @@ def whole_answer(data: bytes, decoder: "Witness", encoder: Any, shape: Optional[
         events = decoder.decode_body(answer)
     else:
         events = decoder.feed(data) + decoder.close()
+    witness(events)
     response = Response(200, encoder.fold(shape(events) if shape else events))
     if log.debugging:
         log.debug(f"Ollama response: {response.body.decode()} {took()}")
@@ -7620,8 +7608,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
         """Carries a stream to its end.  A client that does not read stops the reading."""
-        timeout = self.context.config.timeout
-        flow = Flow(reply, pipe, self.connection, self.context.log.tap, self.server.loop, timeout)
+        timeout, flow = self.context.config.timeout, None
         try:
             while True:
                 if out:
@@ -7630,12 +7617,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if pipe.done:
                     reply.ending = pipe.failure is None and pipe.clean
                     return
+                if flow is None:
+                    flow = Flow(reply, pipe, self.connection, self.context.log.tap, self.server.loop, timeout)
                 try:
                     out = flow.take() or b"" if holds_bytes(reply.sock) else await flow
                 except Expired:
                     out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))
         finally:
-            self._sent += flow.sent
+            self._sent += flow.sent if flow is not None else 0
 
     async def _done(self, request: Request, status: int, size: int, keep: bool,
                     failure: Optional[Exception] = None) -> bool:
