@@ -658,11 +658,16 @@ class FrameDecoder:
         if data[-2:] == b"\n\n" and not self._first and self.idle and b"\r" not in data:
             lines = data[:-2].split(b"\n\n")     # as nearly all servers write: a data line, a blank line
             for at, line in enumerate(lines):
-                value = self._known(line[6:]) if line[:6] == b"data: " and len(line) < 4096 else None
-                if value is None and line != b"data: [DONE]":
+                try:
+                    if line[:6] != b"data: " or b"\n" in line or line[-1:] not in b"}]":
+                        raise ValueError("not so")
+                    value = self._known(line[6:]) if len(line) < 4096 else None
+                    if value is None and line != b"data: [DONE]":
+                        value = load(line[6:])
+                    frames.append(("", value))
+                except (ValueError, RecursionError):
                     data = b"\n\n".join(lines[at:] + [b""])
                     break
-                frames.append(("", value))
             else:
                 return frames
         return frames + self._frames(self._lines.feed(data))
@@ -2591,8 +2596,26 @@ class SimpleFrame(NamedTuple):
     reason: str
 
 
+_OPENINGS: dict = {}                    # what stands before "choices" in simple frames, the same for a whole stream
+_ENDINGS: dict = {}                     # and from there on, the same in many streams -> SimpleFrame
+
+
 def simple_frame(line: bytes) -> Optional[SimpleFrame]:
     """A frame that is a text or a finish reason without looking at it as JSON; None for any other."""
+    at = line.find(b'"choices":[')
+    opening, ending = line[:at], line[at:]
+    if opening in _OPENINGS and ending in _ENDINGS:
+        return _ENDINGS[ending]
+    found = _look_at(line)
+    if found is not None and at > 1 and len(ending) < 128:
+        for known, key in ((_OPENINGS, opening), (_ENDINGS, ending)):
+            if len(known) >= 2048:
+                known.clear()
+            known[key] = found
+    return found
+
+
+def _look_at(line: bytes) -> Optional[SimpleFrame]:
     match = _SIMPLE_FRAME.fullmatch(line)
     if match is None:
         return None
@@ -3303,7 +3326,7 @@ class Shortcut:
                     break
             # A frame or two are enough to learn from; the rest of a large read need not go the long way.
             frame_end, lesson = self._decoder.frame_end, self._SECOND_LESSON if self._head else self._FIRST_LESSON
-            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN else 0
+            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN and len(data) > 2048 else 0
             piece, data = (data[:end], data[end:]) if end > lesson else (data, b"")
             out, events = ordinary(piece)
             outs.append(out)
