@@ -36,10 +36,10 @@ from types import SimpleNamespace
 
 import ollama_proxy as proxy_module
 from ollama_proxy import (
-    OLLAMA, OPENAI, BadRequest, ChatCall, ChunkedDecoder, Config, Context, DemoServer, EmbedCall, Finish,
-    Habits, LineDecoder, Message, OllamaDecoder, OllamaEncoder, OpenAIDecoder, OpenAIEncoder, Pipe, ProxyServer,
+    OLLAMA, OPENAI, BadRequest, BodyDecoder, ChatCall, ChunkedDecoder, Config, Context, DemoServer, EmbedCall, Finish,
+    Habits, LineDecoder, Message, OllamaDecoder, OllamaEncoder, OpenAIDecoder, OpenAIEncoder, Pipe, ProxyServer, Shortcut,
     StreamTruncated, TextDelta, ThinkingDelta, ToolCall, ToolCalls, Usage, UsageError,
-    error_text, parse_ollama_chat, parse_openai_chat, read_models, render_ollama_chat, render_openai_chat)
+    error_text, parse_ollama_chat, parse_openai_chat, read_models, render_ollama_chat, render_openai_chat, simple_frame)
 
 try:
     import pytest
@@ -1072,24 +1072,117 @@ ODD_TOKENS = ["a", " b", "\n", "\n\n", '"', "\\", "\\n", "é", " \u65e5\u672c", 
               "data: ", "}\n\n", '"},"finish_reason":null}]}']
 
 
-def token_stream(chance, dialect):
-    """A long stream with the texts that shortcuts trip over, written the way servers differ."""
+def token_stream(chance, dialect, count=60, odd=1.0):
+    """A stream with the texts that shortcuts trip over, `odd` of them, written the way servers differ."""
     ascii_only, spaces = chance.random() < .4, chance.random() < .3
     frames = []
     created = 1
-    for _ in range(chance.randint(1, 60)):
-        text = "".join(chance.choice(ODD_TOKENS) for _ in range(chance.choice([1, 1, 1, 2, 3])))
-        created += chance.random() < .05
+    for _ in range(chance.randint(1, count)):
+        tokens = ODD_TOKENS if chance.random() < odd else [" the", " quick", " brown", "fox"]
+        text = "".join(chance.choice(tokens) for _ in range(chance.choice([1, 1, 1, 2, 3])))
+        created += chance.random() < .05 * odd
         if dialect is OPENAI:
             value = {"id": "x", "created": created, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
-            if chance.random() < .05:
+            if chance.random() < .05 * odd:
                 value = chance.choice([delta(reasoning_content="r"), {"choices": []}, {**value, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}])
         else:
-            value = {"model": "m", "created_at": f"2026-01-01T00:00:0{created % 10}Z", "message": {"role": "assistant", "content": text}, "done": False}
+            value = {"model": "m", "created_at": f"2026-01-01T00:00:0{created % 10}{'.25' * (created & 1)}Z", "message": {"role": "assistant", "content": text}, "done": False}
         line = json.dumps(value, ensure_ascii=ascii_only, separators=None if spaces else (",", ":")).replace("/", chance.choice(["/", "\\/"]) if chance.random() < .1 else "/")
         frames.append(f"data: {line}\n\n" if dialect is OPENAI else line + "\n")
     last = sse(STOP) if dialect is OPENAI else ndjson({"message": {"content": ""}, "done": True})
     return "".join(frames).encode() + last
+
+
+def in_chunks(chance, data):
+    """Pieces of a stream in chunked coding: mostly a frame to a chunk, sometimes a chunk to a piece."""
+    frames = re.findall(rb".*?\n\n|.+", data, re.S) if b"\n\n" in data else data.splitlines(True)
+    out, odd = [], chance.choice([0, 0, 0.02, 0.2])
+    while frames:
+        frame = frames.pop(0)
+        if chance.random() < odd:
+            frame += frames.pop(0) if frames else b""
+        elif chance.random() < odd and len(frame) > 1:
+            at = chance.randrange(1, len(frame))
+            frame, frames = frame[:at], [frame[at:]] + frames
+        out.append((b"%X" if chance.random() < odd else b"%x") % len(frame) + b"\r\n" + frame + b"\r\n")
+    out.append(b"0\r\n\r\n")
+    return out if chance.random() < .3 else some_pieces(chance, b"".join(out))
+
+
+def some_pieces(chance, data):
+    cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 0, 1, 3, 9, len(data) // 150])))
+    return [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)]) if one < two]
+
+
+@cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
+@cases("face", ["chat", "generate"])
+def test_a_stream_says_the_same_with_its_chunks_still_on(dialect, encoder, face, monkeypatch):
+    """feed_from() on what a socket gives, however that is cut, is feed() on the content without any shortcut."""
+    monkeypatch.setattr(proxy_module, "call_id", lambda *seed: "fixed")
+    chance = random.Random(18)
+    long = [token_stream(chance, dialect, 400, chance.choice([.002, .02, .2, 1])) for _ in range(60)]
+    taken, chunks, token = [], Shortcut.chunks, Shortcut.token
+    monkeypatch.setattr(Shortcut, "chunks", lambda self, data: taken.append(chunks(self, data)) or taken[-1])
+    monkeypatch.setattr(Shortcut, "token", lambda self, data: taken.append(token(self, data)) or taken[-1])
+    for data in [row[2] for row in ALL_STREAMS if row[2]] + long:
+        call = chat_call(face=face if encoder is OllamaEncoder else "completion" if face == "generate" else "chat",
+                         conversation=() if face == "generate" else None)
+        outs = []
+        for framed in (True, False):
+            pipe, body = Pipe(dialect.Decoder(call), encoder(call, StillClock, 1, 2), shortcut=framed), BodyDecoder(None, True)
+            out = b""
+            try:
+                for piece in in_chunks(chance, data) if framed else [data]:
+                    out += b"" if pipe.done else pipe.feed_from(body, piece) if framed else pipe.feed(piece)
+                out += b"" if pipe.done else pipe.close()
+            except proxy_module.ProxyError as error:
+                out += repr(error).encode()
+            outs.append((out, pipe.framing))
+        assert outs[0] == outs[1], data
+    assert sum(1 for made in taken if isinstance(made, tuple) and made[1] > 2000) > 5
+    assert dialect is OLLAMA or sum(1 for made in taken if isinstance(made, bytes) and made) > 100
+
+
+def test_a_simple_frame_is_told_by_its_shape_only_if_it_is_simple():
+    """Frames of every near miss: with simple_frame() and without it a decoder says the same."""
+    chance = random.Random(19)
+    told = 0
+    for _ in range(4000):
+        inner = {"role": "assistant", "content": chance.choice(["", " token", "a\"b", "\u00e9", "\\", "<", "<think>", "</x>", None, 5, ["x"]])}
+        for key in ("role", "content"):
+            if chance.random() < .3:
+                del inner[key]
+        for key, value in (("tool_calls", []), ("reasoning", "r"), ("refusal", None)):
+            if chance.random() < .05:
+                inner[key] = value
+        fields = [("index", chance.choice([0, 0, 0, 0, 1, None])), ("delta", inner),
+                  ("finish_reason", chance.choice([None, None, None, "stop", "length", "tool_calls", "error", "null"]))]
+        if chance.random() < .3:
+            fields.insert(chance.randint(0, 3), ("logprobs", chance.choice([None, None, {}])))
+        if chance.random() < .2:
+            chance.shuffle(fields)
+        value = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": chance.choice(["m", 'm"', ""])}
+        for key, more in (("usage", None), ("usage", {"completion_tokens": 3}), ("error", "boom"), ("detail", "x"), ("x", 1)):
+            if chance.random() < .04:
+                value[key] = more
+        value["choices"] = [dict(fields)] * chance.choice([1] * 9 + [0, 2])
+        for key, more in (("system_fingerprint", None), ("usage", None), ("error", {"message": "late"}), ("timings", {"predicted_n": 4})):
+            if chance.random() < .06:
+                value[key] = more
+        line = json.dumps(value, ensure_ascii=chance.random() < .5, separators=chance.choice([(",", ":"), None]))
+        for spoil, instead in (('"assistant"', '"assistant",'), ("null", "nul"), ('"m"', '"m\\x"'), ('"content"', '"content":"x","content"')):
+            if chance.random() < .01:
+                line = line.replace(spoil, instead)
+        data = f"data: {line}\n\n".encode() + chance.choice([b"", sse(STOP), b"data: [DONE]\n\n"])
+        told += simple_frame(line.encode()) is not None
+        said = []
+        for known in (simple_frame, lambda line: None):
+            decoder = OpenAIDecoder(chat_call())
+            decoder._frames = proxy_module.FrameDecoder(known)
+            decoder.feed(sse(delta(role="assistant"), done=False))
+            said.append((repr(decoder.feed(data)), decoder.plain, repr(decoder.close()), decoder.done))
+        assert said[0] == said[1], line
+    assert 300 < told < 3500
 
 
 @cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
@@ -1101,8 +1194,7 @@ def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
     streams = [row[2] for row in ALL_STREAMS] + [token_stream(chance, dialect) for _ in range(60)]
     used = 0
     for data in streams:
-        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 1, 3, 9])))
-        pieces = [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)])]
+        pieces = some_pieces(chance, data)
         outs = []
         for shortcut in (True, False):
             call = chat_call(face=face if encoder is OllamaEncoder else "completion" if face == "generate" else "chat",
