@@ -133,7 +133,7 @@ CLIENT_TIMEOUT = 60.0            # seconds: a request head, a silent keep-alive,
 BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIENT_TIMEOUT
 GRACE = 8.0                      # container managers kill 10 s after SIGTERM
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
-READ_SIZE = 256 * 1024
+READ_SIZE = 120 * 1024           # from 128 KiB on the C library asks the system for fresh pages each time
 POOL_SIZE = 512                  # idle connections kept to one target: as many as may come at once
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
@@ -947,7 +947,7 @@ class BodyDecoder:
 
     def __init__(self, length: Optional[int], chunked: bool, coding: str = "") -> None:
         self._left = length
-        self._chunks = ChunkedDecoder() if chunked else None
+        self.chunks = ChunkedDecoder() if chunked else None
         self._plain = not coding
         self._inflate = zlib.decompressobj(31) if coding in ("gzip", "x-gzip") else None
         self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
@@ -959,15 +959,15 @@ class BodyDecoder:
         """Returns body bytes; sets `broken` when the framing is.  Raises BadUpstreamPayload on broken compression."""
         if self.broken is not None:
             raise self.broken
-        if self._chunks is not None:
+        if self.chunks is not None:
             try:
-                data = self._chunks.feed(data)
+                data = self.chunks.feed(data)
             except ValueError as error:
                 self.broken = BadUpstreamPayload(f"upstream broke its chunked coding: {error}")
-                data = self._chunks.salvaged
-            if self._chunks.done:
+                data = self.chunks.salvaged
+            if self.chunks.done:
                 self.done = True
-                self.clean = not self._chunks.rest
+                self.clean = not self.chunks.rest
         elif self._left is not None:
             if len(data) > self._left:
                 data, self.clean = data[:self._left], False
@@ -978,21 +978,18 @@ class BodyDecoder:
     @property
     def missing(self) -> int:
         """How many bytes of the socket are left of a chunk that was begun, 0 between two; -1 if that cannot be told."""
-        chunks = self._chunks
-        if chunks is None or not self._plain:
-            return -1
-        return chunks.missing
+        return self.chunks.missing if self.chunks is not None and self._plain else -1
 
     def keep_chunks(self) -> Optional[ChunkedDecoder]:
         """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
-        if self._chunks is not None and self._plain:
-            self._chunks = ChunkedDecoder(framed=True)
-            return self._chunks
+        if self.chunks is not None and self._plain:
+            self.chunks = ChunkedDecoder(framed=True)
+            return self.chunks
         return None
 
     def close(self) -> None:
         """The connection ended.  Raises StreamTruncated unless that is how this body ends."""
-        if not self.done and (self._chunks is not None or self._left is not None):
+        if not self.done and (self.chunks is not None or self._left is not None):
             raise StreamTruncated("upstream closed the connection in the middle of its answer")
         self.done, self.clean = True, False
 
@@ -4450,8 +4447,6 @@ class Loop:
         self.tasks: set = set()
         self.crew = Crew()
         self.now = time.monotonic()
-        self.buffer = bytearray(READ_SIZE)
-        self.view = memoryview(self.buffer)
         self._grain = grain             # seconds between looks at the clock for all tasks
         self._posted: collections.deque = collections.deque()
         self._bell, self._ear = socket.socketpair()
@@ -7731,9 +7726,8 @@ class Flow:
 
     def take(self) -> Optional[bytes]:
         """One read and one write -> None, or what `await` returns.  Raises ClientGone."""
-        loop = self._loop
         try:
-            data = bytes(loop.view[:self._sock.recv_into(loop.buffer)])
+            data = self._sock.recv(READ_SIZE)
         except OSError as error:
             if unready(error):
                 return None
