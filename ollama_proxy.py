@@ -4198,11 +4198,12 @@ def holds_bytes(sock: Any) -> bool:
     return type(sock) is not socket.socket and sock.pending() > 0
 
 
-async def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -> bytes:
-    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError or Expired."""
+@types.coroutine
+def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -> Any:
+    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError, Expired or ClientGone, as wait()."""
     while True:
-        if not holds_bytes(sock):
-            await wait(sock, READ, seconds, quick)
+        if type(sock) is socket.socket or not sock.pending():
+            yield sock, READ, seconds, quick
         try:
             return sock.recv(size)
         except OSError as error:
@@ -4210,7 +4211,8 @@ async def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = Fa
                 raise
 
 
-async def send_all(sock: Any, data: Any, seconds: float) -> None:
+@types.coroutine
+def send_all(sock: Any, data: Any, seconds: float) -> Any:
     """Sends everything, as fast as it is taken.  Raises OSError, or Expired when nothing is for `seconds`."""
     while True:
         mask = WRITE
@@ -4223,7 +4225,7 @@ async def send_all(sock: Any, data: Any, seconds: float) -> None:
         if size == len(data):
             return
         data = memoryview(data)[size:]
-        await wait(sock, mask, seconds)
+        yield sock, mask, seconds, False
 
 
 def drive(coroutine: Any) -> Any:
@@ -4798,6 +4800,9 @@ class Reply:
             self._upstream.end(self.sock)
 
 
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+
+
 class Upstream:
     """Connections to targets: pooled, kept alive, each request on one of them.
 
@@ -4816,38 +4821,14 @@ class Upstream:
     # -- requests
 
     async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
-                   timeout: Optional[float] = None) -> Reply:
-        """Sends one request; returns when the head of the answer is there.
+                   timeout: Optional[float] = None, opened: Optional[list] = None, hops: int = 3) -> Reply:
+        """Sends one request; returns when the head of the answer is there.  The reply is added to `opened`.
 
         `path` is complete; `body` is bytes, or a coroutine function whose pieces, up to an empty one, are
         sent chunked as they come.  A pooled connection that turns out dead before a byte of an answer is
-        replaced once.  Redirects are followed on the same scheme, host and port only.
+        replaced once.  Redirects are followed on the same scheme, host and port only, `hops` of them.
         Raises UpstreamUnreachable, UpstreamTimeout or BadUpstreamPayload.
         """
-        for _ in range(4):
-            reply = await self._exchange(target, method, path, headers, body, timeout)
-            if reply.status not in (301, 302, 303, 307, 308):
-                return reply
-            reply.close()
-            path = self._redirected(target, path, reply.headers.get("location", ""))
-        raise UpstreamError(f"{target.url} redirects in circles")
-
-    @staticmethod
-    def _redirected(target: Target, path: str, location: str) -> str:
-        try:
-            where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
-            port = where.port
-        except ValueError:
-            raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
-        default = {"http": 80, "https": 443}.get(where.scheme)
-        if not location or (where.scheme, where.hostname, port or default) != (
-                target.scheme, target.host.lower(), target.port):
-            raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
-                                "give that address as --target if it is the right one")
-        return where.path + (f"?{where.query}" if where.query else "")
-
-    async def _exchange(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
-                        timeout: Optional[float]) -> Reply:
         place = target.place
         via = self._routes[place] if place in self._routes else await work(self._proxy_for, target)
         wire = self._request_head(target, method, path, tuple(headers), via)
@@ -4873,7 +4854,8 @@ class Upstream:
             begun = time.monotonic()
             try:
                 head, rest = await self._ask(sock, wire, body, patience, target)
-                return Reply(self, key, sock, head, rest, patience, method == "HEAD")
+                reply = Reply(self, key, sock, head, rest, patience, method == "HEAD")
+                break
             except _NoAnswer:
                 self.end(sock)
                 # Dead before it could have been read: an idle connection that the target had given up.
@@ -4882,7 +4864,29 @@ class Upstream:
             except BaseException:
                 self.end(sock)
                 raise
-        raise AssertionError("unreachable")
+        if reply.status in _REDIRECTS:
+            reply.close()
+            if not hops:
+                raise UpstreamError(f"{target.url} redirects in circles")
+            path = self._redirected(target, path, reply.headers.get("location", ""))
+            return await self.open(target, method, path, headers, body, timeout, opened, hops - 1)
+        if opened is not None:
+            opened.append(reply)
+        return reply
+
+    @staticmethod
+    def _redirected(target: Target, path: str, location: str) -> str:
+        try:
+            where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
+            port = where.port
+        except ValueError:
+            raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
+        default = {"http": 80, "https": 443}.get(where.scheme)
+        if not location or (where.scheme, where.hostname, port or default) != (
+                target.scheme, target.host.lower(), target.port):
+            raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
+                                "give that address as --target if it is the right one")
+        return where.path + (f"?{where.query}" if where.query else "")
 
     def _request_head(self, target: Target, method: str, path: str, headers: tuple, via: Optional[tuple]) -> bytes:
         """The head but for its last line, remembered: most requests differ in their bodies alone."""
@@ -6159,11 +6163,9 @@ class Scope:
         self.context = context
         self._replies: list = []
 
-    async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any) -> Reply:
-        """Upstream.open, for as long as the request lasts."""
-        reply = await self.context.upstream.open(target, method, path, headers, body)
-        self._replies.append(reply)
-        return reply
+    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any) -> Any:
+        """Upstream.open, for as long as the request lasts; to be awaited."""
+        return self.context.upstream.open(target, method, path, headers, body, opened=self._replies)
 
     def close(self) -> None:
         """Nothing more is read: connections go back to their pool before the client can ask again."""
