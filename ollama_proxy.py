@@ -655,7 +655,8 @@ class FrameDecoder:
     def feed(self, data: bytes) -> list[tuple]:
         """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
         frames: list[tuple] = []
-        if data[-2:] == b"\n\n" and not self._first and self.idle and b"\r" not in data:
+        if data[-2:] == b"\n\n" and data[:6] == b"data: " and self.idle and b"\r" not in data:
+            self._first = False
             lines = data[:-2].split(b"\n\n")     # as nearly all servers write: a data line, a blank line
             for at, line in enumerate(lines):
                 try:
@@ -1944,7 +1945,9 @@ class OllamaEncoder:
     def encode(self, event: Any) -> bytes:
         """Returns one line, or nothing."""
         if isinstance(event, TextDelta):
-            self.count(1)
+            if not self._deltas:
+                self._first = self._clock.now()
+            self._deltas += 1
             if self._answer is not None:
                 self._answer.append(event.text)
             if event.logprobs:
@@ -2641,7 +2644,9 @@ class OpenAIDecoder:
         self._frames = FrameDecoder(simple_frame)
         self._tags: Optional[ThinkTags] = ThinkTags(opened)
         last = call.messages[-1] if call.messages else None
-        self._prefill = Prefill(last.content if last and last.role == "assistant" and not last.tool_calls else "")
+        self._prefill: Optional[Prefill] = None
+        if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+            self._prefill = Prefill(last.content)
         self._tools = ToolAssembler()
         self._thinking: list[str] = []
         self._details: list = []
@@ -2661,7 +2666,7 @@ class OpenAIDecoder:
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
-        return (self._tags is None or self._tags.done) and self._prefill.done and self._alternatives is None \
+        return self._tags is None and self._prefill is None and self._alternatives is None \
             and not self.done and not self._reason and self._frames.idle
 
     @staticmethod
@@ -2734,7 +2739,7 @@ class OpenAIDecoder:
                 and reason in ("stop", "length") and type(counted) is int and counted > 0 \
                 and choice.get("index") in (0, None) and not choice.get("delta") and not choice.get("usage") \
                 and not answer.get("error") and "x_groq" not in answer and answer.get("object") != "error" \
-                and self._alternatives is None and self._prefill.done and not self._opened \
+                and self._alternatives is None and self._prefill is None and not self._opened \
                 and (len(message) == 2 and "role" in message
                      or not any(value for key, value in message.items() if key not in _PLAIN_DELTA)):
             return [TextDelta(text), Finish(reason, read_usage(usage, as_dict(answer.get("timings"))))]
@@ -2854,13 +2859,17 @@ class OpenAIDecoder:
         events.append(ThinkingDelta(thinking))
 
     def _say(self, text: str, logprobs: Optional[list], events: list, whole: bool) -> None:
-        if not self._prefill.done:
+        if self._prefill is not None:
             text = self._prefill.feed(text)
-        if self._tags is not None and not self._tags.done and text:
+            if self._prefill.done:
+                self._prefill = None
+        if self._tags is not None and text:
             if whole and "</" in text:
                 text = self._open_tag(text)
             for event in self._tags.feed(text):
-                events.append(event._replace(logprobs=logprobs) if isinstance(event, TextDelta) else event)
+                events.append(event._replace(logprobs=logprobs) if logprobs and isinstance(event, TextDelta) else event)
+            if self._tags.done:
+                self._tags = None
         elif text:
             events.append(TextDelta(text, logprobs))
 
@@ -2874,8 +2883,9 @@ class OpenAIDecoder:
         return text
 
     def _finish(self, events: list) -> None:
-        held = self._prefill.close()
+        held = self._prefill.close() if self._prefill is not None else ""
         if held:
+            self._prefill = None
             self._say(held, None, events, False)
         if self._tags is not None:
             if self._opened and not self._tags.closed and not self._reason.lower() in FINISH_LENGTH:
@@ -3588,7 +3598,7 @@ class Pipe:
         if not self._chunked:
             return b"".join(pieces)
         # A line to a chunk: several clients take each chunk for one line (clients rule 38).
-        chunks = [http_chunk(piece) for piece in pieces]
+        chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
         if self.done:
             chunks.append(LAST_CHUNK)
         self.overhead += sum(map(len, chunks)) - sum(map(len, pieces))
