@@ -11,7 +11,7 @@ One file, nothing but the standard library, Python 3.9 and newer.
 
     client bytes --> Request --> parse_* --> Call --> render_* --> Upstream.open --> upstream bytes
     (server, 15)     (route 14)  +- client dialect    +- upstream dialect   (10)
-    client bytes <-- send <-- Encoder <-- events <-- Decoder <-- Reply.recv <-------+
+    client bytes <-- send <-- Encoder <-- events <-- Decoder <-- BodyDecoder <------+
     (server, 15)             client dialect   upstream dialect       hang-up (9) ends the call
 
 A *dialect* is a wire API family.  Both are parsed into one neutral vocabulary and
@@ -121,7 +121,7 @@ MAX_HEADERS = 100
 MAX_BODY_BYTES = 128 * 1024 * 1024
 # A whole answer of the target: embeddings of a large batch reach tens of megabytes.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-MAX_INFLATED = 8 * 1024 * 1024   # out of one read of at most 256 KiB
+MAX_INFLATED = 8 * 1024 * 1024   # out of one read of READ_SIZE
 MAX_ERROR_BYTES = 256 * 1024
 # One SSE event or NDJSON line.  Ollama's own client stops at 8 MB.
 MAX_LINE_BYTES = 32 * 1024 * 1024
@@ -133,6 +133,7 @@ CLIENT_TIMEOUT = 60.0            # seconds: a request head, a silent keep-alive,
 BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIENT_TIMEOUT
 GRACE = 8.0                      # container managers kill 10 s after SIGTERM
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
+RELAY_WHOLE = 1024 * 1024        # a relayed answer up to this size is read whole: if it breaks, that still is a 502
 READ_SIZE = 120 * 1024           # from 128 KiB on the C library asks the system for fresh pages each time
 POOL_SIZE = 512                  # idle connections kept to one target: as many as may come at once
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
@@ -633,6 +634,9 @@ class LineDecoder:
         return [rest] if rest else []
 
 
+SHORT_FRAME = 4096                      # bytes up to which a frame may be one that says a token and no more
+
+
 class FrameDecoder:
     """SSE frames or bare NDJSON lines to (event name, JSON value or None for [DONE]).
 
@@ -662,7 +666,7 @@ class FrameDecoder:
                 try:
                     if line[:6] != b"data: " or b"\n" in line or line[-1:] not in b"}]":
                         raise ValueError("not so")
-                    value = self._known(line[6:]) if len(line) < 4096 else None
+                    value = self._known(line[6:]) if len(line) < SHORT_FRAME else None
                     if value is None and line != b"data: [DONE]":
                         value = load(line[6:])
                     frames.append(("", value))
@@ -716,7 +720,7 @@ class FrameDecoder:
             return
         if not self._pending and payload[-1:] == b"}":
             try:                        # a whole value in one line, as nearly always
-                known = self._known(payload) if len(payload) < 4096 and not self._event else None
+                known = self._known(payload) if len(payload) < SHORT_FRAME and not self._event else None
                 frames.append((self._event, load(payload) if known is None else known))
                 return
             except (ValueError, RecursionError):
@@ -786,6 +790,8 @@ class ChunkedDecoder:
     at what stands between two contents.
     """
 
+    _FEW = 16384
+
     def __init__(self, limit: int = 1 << 62, framed: bool = False) -> None:
         self._limit, self._framed = limit, framed
         self._held = b"\r\n"            # understood only with what follows; the first chunk ends none
@@ -804,9 +810,9 @@ class ChunkedDecoder:
     @property
     def missing(self) -> int:
         """As BodyDecoder.missing."""
-        if self._held:
-            return 0 if self._held == b"\r\n" and not self.done else -1
-        return self._skip + 2
+        if self.done or self._held not in (b"", b"\r\n"):
+            return -1
+        return 0 if self._held else self._skip + 2
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
@@ -818,7 +824,7 @@ class ChunkedDecoder:
                 if self.content > self._limit:
                     raise BodyTooLarge("body too large")
                 return data if self._framed else data[len(line):-2]
-            if len(data) < 16384 or not self._framed:
+            if not self._framed or len(data) < self._FEW:   # contents that nobody needs are cheap in small numbers
                 whole, data = self._whole_chunks(data)
                 if data == LAST_CHUNK and whole and self.content <= self._limit:
                     self._held, self._trailers, self.done = b"", True, True
@@ -849,8 +855,8 @@ class ChunkedDecoder:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _whole_chunks(self, data: bytes) -> tuple[list, bytes]:
-        """(the contents of whole chunks of known sizes, or all of these in one piece if it is `framed`; what is
-        left): a guess that no content holds a CR LF, compared."""
+        """Whole chunks at the beginning of `data` -> (contents, or one piece of all of them with `framed`; what is
+        left).  Guesses that no content holds CR LF; sizes that fit the lengths prove it, chunk by chunk."""
         parts = data.split(b"\r\n")
         count = len(parts) - 1 >> 1
         if parts[-3:] == [b"0", b"", b""]:
@@ -948,7 +954,7 @@ class BodyDecoder:
 
     def __init__(self, length: Optional[int], chunked: bool, coding: str = "") -> None:
         self._left = length
-        self.chunks = ChunkedDecoder() if chunked else None
+        self._chunks = ChunkedDecoder() if chunked else None
         self._plain = not coding
         self._inflate = zlib.decompressobj(31) if coding in ("gzip", "x-gzip") else None
         self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
@@ -957,18 +963,21 @@ class BodyDecoder:
         self.broken: Optional[BadUpstreamPayload] = None    # to be raised once what came before it is used
 
     def feed(self, data: bytes) -> bytes:
-        """Returns body bytes; sets `broken` when the framing is.  Raises BadUpstreamPayload on broken compression."""
+        """Returns body bytes; sets `broken` when the framing is, and raises that if called again.
+
+        Raises BadUpstreamPayload on broken compression.
+        """
         if self.broken is not None:
             raise self.broken
-        if self.chunks is not None:
+        if self._chunks is not None:
             try:
-                data = self.chunks.feed(data)
+                data = self._chunks.feed(data)
             except ValueError as error:
                 self.broken = BadUpstreamPayload(f"upstream broke its chunked coding: {error}")
-                data = self.chunks.salvaged
-            if self.chunks.done:
+                data = self._chunks.salvaged
+            if self._chunks.done:
                 self.done = True
-                self.clean = not self.chunks.rest
+                self.clean = not self._chunks.rest
         elif self._left is not None:
             if len(data) > self._left:
                 data, self.clean = data[:self._left], False
@@ -979,18 +988,18 @@ class BodyDecoder:
     @property
     def missing(self) -> int:
         """How many bytes of the socket are left of a chunk that was begun, 0 between two; -1 if that cannot be told."""
-        return self.chunks.missing if self.chunks is not None and self._plain else -1
+        return self._chunks.missing if self._chunks is not None and self._plain else -1
 
     def keep_chunks(self) -> Optional[ChunkedDecoder]:
         """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
-        if self.chunks is not None and self._plain:
-            self.chunks = ChunkedDecoder(framed=True)
-            return self.chunks
+        if self._chunks is not None and self._plain:
+            self._chunks = ChunkedDecoder(framed=True)
+            return self._chunks
         return None
 
     def close(self) -> None:
         """The connection ended.  Raises StreamTruncated unless that is how this body ends."""
-        if not self.done and (self.chunks is not None or self._left is not None):
+        if not self.done and (self._chunks is not None or self._left is not None):
             raise StreamTruncated("upstream closed the connection in the middle of its answer")
         self.done, self.clean = True, False
 
@@ -1517,13 +1526,8 @@ def parse_message(message: Any) -> Message:
                    as_text(message.get("tool_name")) or (as_text(message.get("name")) if role == "tool" else ""))
 
 
-_BARE = frozenset(("model", "messages", "stream"))
-
-
 def _common(body: dict) -> dict:
     """The fields that /api/chat and /api/generate share, as arguments of ChatCall."""
-    if body.keys() <= _BARE:
-        return dict(stream=field(body, "stream", bool, True), want_usage=True)
     wire = field(body, "options", dict, {})
     for name, key in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "num_predict")):
         if body.get(name) is not None:          # some AI SDK providers lift these to the top level
@@ -1533,6 +1537,9 @@ def _common(body: dict) -> dict:
     return dict(options=options, extra=extra, think=parse_think(body.get("think")), keep_alive=keep_alive,
                 format=parse_format(body.get("format", wire.get("format"))),
                 stream=field(body, "stream", bool, True), logprobs=parse_logprobs(body), want_usage=True)
+
+
+_BARE = frozenset(("model", "messages", "stream"))
 
 
 def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
@@ -1547,7 +1554,7 @@ def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
         raise BadRequest("model is required")
     messages = tuple([parse_message(message) for message in field(body, "messages", list, [])])
     if body.keys() <= _BARE:
-        return ChatCall(model, "chat", messages, **_common(body))
+        return ChatCall(model, "chat", messages, stream=field(body, "stream", bool, True), want_usage=True)
     system, prompt = field(body, "system", str, ""), field(body, "prompt", str, "")
     if not messages and prompt:
         messages = (Message("user", prompt),)
@@ -1812,12 +1819,6 @@ class OllamaDecoder:
         return not self.done and self._call.logprobs is None and self._lines.idle
 
     @staticmethod
-    def envelope(frame: bytes) -> Optional[tuple[bytes, bytes]]:
-        """What stands before and after the text of a line: not known without looking at it."""
-        del frame
-        return None
-
-    @staticmethod
     def text_of(frame: bytes) -> Any:
         """The text of one line, None when it is anything more."""
         try:
@@ -1934,9 +1935,7 @@ class OllamaEncoder:
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
-        if not self._deltas:
-            self._first = self._clock.now()
-        self._deltas += len(texts)
+        self.count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
         self.stamp = self._clock.stamp()
@@ -1945,9 +1944,7 @@ class OllamaEncoder:
     def encode(self, event: Any) -> bytes:
         """Returns one line, or nothing."""
         if isinstance(event, TextDelta):
-            if not self._deltas:
-                self._first = self._clock.now()
-            self._deltas += 1
+            self.count(1)
             if self._answer is not None:
                 self._answer.append(event.text)
             if event.logprobs:
@@ -1968,7 +1965,7 @@ class OllamaEncoder:
         return ndjson_line({"error": error.message})
 
     def fold(self, events: Iterable) -> bytes:
-        """All events -> the answer for stream:false.  Raises the error of a Failure."""
+        """All events -> the JSON for stream:false.  Raises the error of a Failure."""
         content, thinking, calls, logprobs, finish = gather(events)
         if self._answer is not None:
             self._answer.append(content)
@@ -2580,7 +2577,7 @@ def merge_details(details: list, pieces: Any) -> None:
 
 # A frame that carries a text, a finish reason or neither, and nothing that would have to be looked at.
 _SCALAR = rb'"(?:id|object|created|model|system_fingerprint|service_tier|provider|obfuscation)": ?' \
-          rb'(?:"[^"\\\x00-\x1f]*"|[0-9]{1,18}|null)'
+          rb'(?:"[^"\\\x00-\x1f]*"|0|[1-9][0-9]{0,17}|null)'
 _SIMPLE_FRAME = re.compile(
     rb'\{(?:%b, ?)*"choices": ?\[\{(?P<early>"finish_reason": ?(?:null|"(?P<reason>stop|length)"), ?)?"index": ?0, ?'
     rb'"delta": ?\{(?:"role": ?"assistant"(?:, ?(?=")|(?=\})))?'
@@ -2596,7 +2593,7 @@ class SimpleFrame(NamedTuple):
     reason: str
 
 
-_OPENINGS: dict = {}                    # what stands before "choices" in simple frames, the same for a whole stream
+_OPENINGS: set = set()                  # what stands before "choices" in simple frames, the same for a whole stream
 _ENDINGS: dict = {}                     # and from there on, the same in many streams -> SimpleFrame
 
 
@@ -2607,11 +2604,12 @@ def simple_frame(line: bytes) -> Optional[SimpleFrame]:
     if opening in _OPENINGS and ending in _ENDINGS:
         return _ENDINGS[ending]
     found = _look_at(line)
-    if found is not None and at > 1 and len(ending) < 128:
-        for known, key in ((_OPENINGS, opening), (_ENDINGS, ending)):
+    if found is not None and at > 0 and len(ending) < 128:
+        for known in (_OPENINGS, _ENDINGS):
             if len(known) >= 2048:
                 known.clear()
-            known[key] = found
+        _OPENINGS.add(opening)
+        _ENDINGS[ending] = found
     return found
 
 
@@ -2668,12 +2666,6 @@ class OpenAIDecoder:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
         return self._tags is None and self._prefill is None and self._alternatives is None \
             and not self.done and not self._reason and self._frames.idle
-
-    @staticmethod
-    def envelope(frame: bytes) -> Optional[tuple[bytes, bytes]]:
-        """What stands before and after the text of a simple frame."""
-        match = _SIMPLE_FRAME.fullmatch(frame, 6, len(frame) - 2) if len(frame) < 4096 and frame[:6] == b"data: " else None
-        return (frame[:match.start("text")], frame[match.end("text"):]) if match and match["text"] else None
 
     @staticmethod
     def text_of(frame: bytes) -> Any:
@@ -3082,7 +3074,7 @@ class OpenAIEncoder:
         return sse_frame(render_openai_error(error))
 
     def fold(self, events: Iterable) -> bytes:
-        """All events -> the answer for stream:false.  Raises the error of a Failure."""
+        """All events -> the JSON for stream:false.  Raises the error of a Failure."""
         content, thinking, calls, logprobs, finish = gather(events)
         self._calls = len(calls)
         self._deltas = max(1, (len(content) + len(thinking)) // 4)
@@ -3153,8 +3145,9 @@ OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_
 # ----------------------------------------------------------------------------
 # Room 7.  Translation: a decoder and an encoder joined into one pipe
 #
-# A pipe takes body bytes of the upstream and gives bytes for the client's socket:
-# everything that has arrived is decoded, encoded and handed out in one piece.
+# A pipe takes what the upstream's socket gave (feed_from), or its body bytes (feed), and
+# gives bytes for the client's socket: everything that has arrived is decoded, encoded and
+# handed out in one piece.
 # ----------------------------------------------------------------------------
 
 class ReasoningFilter:
@@ -3293,13 +3286,17 @@ class Shortcut:
     Within a stream everything around the text of a content frame stays the same.  That envelope is learned
     from a frame that went the ordinary way and came out as exactly one TextDelta; from then on a read is
     cut at the envelopes, and the texts, which are JSON string contents already, are set between the
-    encoder's own constants.  A frame that does not match to the byte, and a text that must be written
-    differently (escapes such as \\/ or \\u0041, a possible think tag), goes the ordinary way, in its turn.
-    The bytes that come out are the same either way; the tests run every stream both ways.
+    encoder's own constants.  A frame that does not match to the byte but for a timestamp, and a text that
+    must be written differently (escapes such as \\/ or \\u0041, a possible think tag), goes the ordinary way, in
+    its turn.  The bytes that come out are the same either way; the tests run every stream both ways.
+
+    Three ways lead in: token() takes one HTTP chunk with a text that was met before, run_of_chunks() many chunks
+    of a frame each, and feed() anything, once its chunk framing is off.
     """
 
     _VAIN = 8                       # envelopes learned without use before a stream is left alone
-    _FIRST_LESSON = 250             # bytes that go the ordinary way at a time: often a role and a first word
+    _LITTLE = 2048                  # bytes that are read sooner than learned from
+    FIRST_LESSON = 250              # bytes that go the ordinary way at a time: often a role and a first word
     _SECOND_LESSON = 1000           # what follows an envelope that fitted is, as a rule, the end
 
     def __init__(self, decoder: Any, encoder: Any, chunked: bool) -> None:
@@ -3332,8 +3329,8 @@ class Shortcut:
                 if not data:
                     break
             # A frame or two are enough to learn from; the rest of a large read need not go the long way.
-            frame_end, lesson = self._decoder.frame_end, self._SECOND_LESSON if self._head else self._FIRST_LESSON
-            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN and len(data) > 2048 else 0
+            frame_end, lesson = self._decoder.frame_end, self._SECOND_LESSON if self._head else self.FIRST_LESSON
+            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN and len(data) > self._LITTLE else 0
             piece, data = (data[:end], data[end:]) if end > lesson else (data, b"")
             out, events = ordinary(piece)
             outs.append(out)
@@ -3353,7 +3350,7 @@ class Shortcut:
             return
         data = data.rstrip(b"\n")
         frame = data[data.rfind(b"\n") + 1:] + self._decoder.frame_end
-        self._head, self._tail = self._decoder.envelope(frame) or self._found(frame, event.text)
+        self._head, self._tail = self._found(frame, event.text)
         if not self._head:
             return
         self._vain += 1
@@ -3370,13 +3367,13 @@ class Shortcut:
         head, tail = frame[:at], frame[at + len(text) - 2:]
         return (head, tail) if at and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
 
-    def is_ready(self, body: BodyDecoder) -> bool:
+    def between_chunks(self, body: BodyDecoder) -> bool:
         """An envelope is known, nothing is pending, and the upstream's next bytes begin an HTTP chunk."""
         return bool(self._head) and self._plain and not self._rest and body.missing == 0
 
-    def chunks(self, data: bytes) -> tuple[bytes, int]:
-        """feed(), when it is_ready(), for bytes from the socket that begin between two HTTP chunks: (client bytes, how
-        many bytes of `data` they are for).
+    def run_of_chunks(self, data: bytes) -> tuple[bytes, int]:
+        """feed() for bytes from the socket, when they begin between_chunks(): (client bytes, how many bytes of
+        `data` they are for).
 
         Most servers send each frame in a chunk of its own.  Then the size line is as predictable as the rest
         of the envelope, and both are taken off in one go.
@@ -3392,19 +3389,22 @@ class Shortcut:
         return self._lines(plain), sum(lengths[:len(plain)]) + len(end) * len(plain)
 
     def token(self, data: bytes) -> bytes:
-        """chunks() for one chunk with a text that was met before, as slow models send them; b"" for anything else."""
+        """run_of_chunks() for one chunk with a text that was met before, as slow models send them; b"" for
+        anything else."""
+        if self._after or not self._chunked:
+            return b""
         start = self._starts.get(len(data))
         if start is None:
-            start = self._starts[len(data)] = self._start_of_chunk(len(data) - len(self._tail) - 2)
-        if data.startswith(start) and data.endswith(self._end) and not self._after:
-            text = _PLAIN_KNOWN.get(data[len(start):-len(self._end)])
-            if text and self._chunked:
-                before, after = self._encoder.around([text])
-                size = len(before) + len(text) + len(after)
-                out = b"%x\r\n%b%b%b\r\n" % (size, before, text, after)
-                self.overhead += len(out) - size
-                return out
-        return b""
+            start = self._starts[len(data)] = self._start_of_chunk(len(data) - len(self._end))
+        text = _PLAIN_KNOWN.get(data[len(start):-len(self._end)])
+        if not text or not data.startswith(start) or not data.endswith(self._end):
+            return b""
+        self._vain = 0
+        before, after = self._encoder.around([text])
+        size = len(before) + len(text) + len(after)
+        out = b"%x\r\n%b%b%b\r\n" % (size, before, text, after)
+        self.overhead += len(out) - size
+        return out
 
     def _start_of_chunk(self, length: int) -> bytes:
         """Size line and head of a chunk that has `length` bytes before its tail."""
@@ -3425,7 +3425,7 @@ class Shortcut:
             parts = [text.partition(self._after) for text in texts]
             stamps = b"".join([part[0] for part in parts])
             # Four quotation marks in each and nothing escaped: else one of them is more than a timestamp.
-            if stamps.count(b'"created_at":"') * 4 != len(parts) * 4 or stamps.count(b'"') != 4 * len(parts) \
+            if stamps.count(b'"created_at":"') != len(parts) or stamps.count(b'"') != 4 * len(parts) \
                     or b"\\" in stamps or not all([part[1] for part in parts]):
                 parts = [part if part[1] and _STAMP.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
             texts = [part[2] for part in parts]
@@ -3445,7 +3445,6 @@ class Shortcut:
         if not frames:
             return b"", data
         plain = self._plain_texts(frames, [self._head] * len(frames))
-        self._vain = 0
         if None not in plain:
             return self._lines(plain), rest
         out, run = [], []
@@ -3468,6 +3467,7 @@ class Shortcut:
             texts = [text for text in texts if text]
         if not texts:
             return b""
+        self._vain = 0
         before, after = self._encoder.around(texts)
         if not self._chunked:
             return b"".join([before + text + after for text in texts])
@@ -3499,13 +3499,14 @@ def plain_text(text: bytes) -> Optional[bytes]:
 
 
 class Pipe:
-    """Upstream body bytes in, client bytes out; sans-I/O, like its two halves.
+    """Upstream bytes in, client bytes out; sans-I/O, like its two halves.
 
     Until the first event is out a Failure is raised, so that it can still become an HTTP status; later
     it becomes the client dialect's in-band error.  `done` once the last byte for the client was made.
     """
 
     media_type = ""
+    _FEW, _MANY = 1024, 4096        # bytes of a token or two, and of so many frames that a run of them pays
 
     def __init__(self, decoder: Any, encoder: Any, reasoning: Optional[Callable] = None, chunked: bool = True,
                  tap: Optional[Callable] = None, shortcut: bool = True,
@@ -3531,22 +3532,24 @@ class Pipe:
     def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
         """feed() for bytes that `body` has to take the framing off."""
         outs, shortcut = [], self._shortcut
-        if shortcut is not None and len(data) < 1024 and shortcut.is_ready(body):
+        if shortcut is not None and len(data) < self._FEW and shortcut.between_chunks(body):
             out = shortcut.token(data)
             if out:
                 return out
-        elif shortcut is not None and len(data) > 4096:
+        elif shortcut is not None and len(data) > self._MANY:
             for _ in range(3):          # up to the end of a chunk, perhaps to learn from it, and then a run of them
-                if shortcut.is_ready(body):
-                    lines, size = shortcut.chunks(data)
+                if shortcut.between_chunks(body):
+                    lines, size = shortcut.run_of_chunks(data)
                     outs.append(lines)
                     data = data[size:]
                     break
-                size = body.missing or data.find(b"\n\r\n", 250) + 3
-                if not 2 < size < len(data):
+                size = body.missing or data.find(b"\n\r\n", shortcut.FIRST_LESSON) + 3
+                if not 2 < size < len(data):    # -1: it cannot be told; 2: nothing was found
                     break
                 content, data = body.feed(data[:size]), data[size:]
                 outs.append(self.feed(content) if content else b"")
+                if body.broken is not None:
+                    return b"".join(outs)
         content = body.feed(data) if data else b""
         if content and not self.done:
             outs.append(self.feed(content))
@@ -3598,7 +3601,7 @@ class Pipe:
         if not self._chunked:
             return b"".join(pieces)
         # A line to a chunk: several clients take each chunk for one line (clients rule 38).
-        chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+        chunks = list(map(http_chunk, pieces))
         if self.done:
             chunks.append(LAST_CHUNK)
         self.overhead += sum(map(len, chunks)) - sum(map(len, pieces))
@@ -4149,6 +4152,8 @@ def read_filter_file(path: str) -> Optional[tuple]:
 # wait it awaits wait(), and the loop goes on with whoever is ready.  The client's hang-up is
 # an exception thrown in at that place, in whatever phase.  What cannot wait in this way (name
 # look-ups, dialling, a model list) is done by `await work(...)` in a thread of the crew.
+# A stream in its course wakes no task: a Flow (room 15) stands in its place at the upstream's
+# socket, and wakes it when something is unusual.
 # With a thread to each request the interpreter lock would travel between cores at every
 # token; one thread that takes everything that has arrived is faster than two that share it.
 # ----------------------------------------------------------------------------
@@ -4161,13 +4166,11 @@ class Expired(Exception):
 
 
 @types.coroutine
-def wait(sock: Any, mask: int, seconds: float, quick: bool = False) -> Any:
+def wait(sock: Any, mask: int, seconds: float) -> Any:
     """Until `sock` can be read or written.  Raises Expired, or ClientGone when the task's client leaves.
 
-    Being woken is a hint: the operation may find that it would block still, and is then waited for again.
-    With `quick` it goes before what waits without: answers before new requests.
-    """
-    yield sock, mask, seconds, quick
+    Being woken is a hint: the operation may find that it would block still, and is then waited for again.    """
+    yield sock, mask, seconds, False
 
 
 @types.coroutine
@@ -4203,15 +4206,14 @@ def unready(error: OSError, wanted: int = READ) -> int:
     return {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}.get(type(error).__name__, 0)
 
 
-def holds_bytes(sock: Any) -> bool:
-    """TLS has decrypted more than was read: no descriptor tells."""
-    return type(sock) is not socket.socket and sock.pending() > 0
-
-
 @types.coroutine
 def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -> Any:
-    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError, Expired or ClientGone, as wait()."""
+    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError, Expired or ClientGone, as wait().
+
+    With `quick` it goes before what waits without: answers before new requests.
+    """
     while True:
+        # TLS may have decrypted more than was read: no descriptor tells of that.
         if type(sock) is socket.socket or not sock.pending():
             yield sock, READ, seconds, quick
         try:
@@ -4350,8 +4352,9 @@ class SelectorPoller:
 class Task:
     """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's).
 
-    `since` and `_limit` are when the wait began and how many seconds it may take; `_asked` is work under
-    way in another thread, which no sweep ends.
+    `quick` says that it is served before what is not.  `since`, which a Flow moves on, and `_limit` are when
+    the wait began and how many seconds it may take; `_asked` is work under way in another thread, which no
+    sweep ends.
     """
 
     __slots__ = ("quick", "_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "since", "_limit", "_asked")
@@ -4417,10 +4420,15 @@ class Task:
                 sock, self._mask, self._limit, self.quick = asked
                 self.since = loop.now
                 if sock is not None:
-                    self._sock, self._fd = sock, sock.fileno()
-                    loop.watch(self, sock, self._fd, self._mask | (GONE if self._fd == self._client_fd else 0))
+                    fd = sock.fileno()
+                    self._sock, self._fd = sock, fd
+                    if loop.entries.get(fd) is not self:
+                        loop.entries[fd] = self
+                    known = loop.poller.masks.get(fd, 0)
+                    if known & self._mask != self._mask:
+                        loop.poller.set(sock, fd, known | self._mask | (GONE if fd == self._client_fd else 0))
                 return
-            if type(asked) is not Work:
+            if type(asked) is not Work:     # a Flow (room 15): it hears of the socket itself, and wakes the task
                 self._mask, self.since, self._limit, self.quick = 0, loop.now, asked.seconds, False
                 asked.begin(self)
                 return
@@ -4475,14 +4483,6 @@ class Loop:
             self.poller.set(client, client.fileno(), READ | GONE)
         task.step(coroutine.send, None)
 
-    def watch(self, entry: Any, sock: Any, fd: int, mask: int) -> None:
-        """From now on entry.ready(fd, flags) hears of a socket."""
-        if self.entries.get(fd) is not entry:
-            self.entries[fd] = entry
-        known = self.poller.masks.get(fd, 0)
-        if known & mask != mask:
-            self.poller.set(sock, fd, known | mask)
-
     def forget(self, sock: Any) -> None:
         """Must be called before a socket that was waited for is closed: its number is used again at once."""
         fd = sock.fileno()
@@ -4522,7 +4522,7 @@ class Loop:
                 if entry is None or not entry.quick:
                     slow.append(event)
                     continue
-                try:
+                try:                    # _serve() without the call: this is once a token
                     entry.ready(*event)
                 except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
                     complain(error)
@@ -4655,7 +4655,7 @@ class Clock:
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r\n]*))?")
 _FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*([^\r\n\0]*?)[ \t]*\Z")
 _KNOWN_FIELDS: dict = {}                # header line -> (name, value): a server repeats most of its lines
-_KNOWN_ANSWERS: dict = {}               # whole heads, of streams
+_KNOWN_ANSWERS: dict = {}               # whole heads without a length -> parse_answer_head(); shared, so read only
 
 
 def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
@@ -4703,7 +4703,8 @@ def _parse_field(line: bytes) -> tuple[str, str]:
 
 
 class Reply:
-    """One answer of the target: status and headers, then body bytes by recv() or read().
+    """One answer of the target: status and headers, then its body, whole by read(), or by feeding `body` what
+    take_rest() and receive() give.
 
     A connection goes back to the pool only when its body was read to the end.
     """
@@ -4754,37 +4755,31 @@ class Reply:
         try:
             return await receive(self.sock, self.patience, READ_SIZE, True)
         except Expired:
-            raise UpstreamTimeout(f"upstream was silent for {self.patience:g} s") from None
+            raise silent(self.patience) from None
         except OSError as error:
-            raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
-
-    async def recv(self) -> bytes:
-        """The next body bytes, b"" at the end.  Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload."""
-        while not self.body.done:
-            if self.body.broken is not None:
-                raise self.body.broken
-            data = self.take_rest() or await self.receive()
-            if not data:
-                self.body.close()
-                break
-            data = self.body.feed(data)
-            if data:
-                return data
-        return b""
+            raise cut_off(error) from None
 
     async def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
-        """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised."""
-        pieces, size = [], 0
-        while True:
-            data = await self.recv()
+        """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised.
+
+        Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload.
+        """
+        pieces, size, body = [], 0, self.body
+        while not body.done:
+            data = self.take_rest() or await self.receive()
             if not data:
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                body.close()
+                break
+            data = body.feed(data)
             pieces.append(data)
             size += len(data)
             if size > limit and cut:
                 return b"".join(pieces)[:limit]
             if size > limit:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
+            if body.broken is not None:
+                raise body.broken
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def drain(self) -> None:
         """Waits a moment for the end of an answer that nobody needs more of, so that its connection lives on."""
@@ -4824,9 +4819,9 @@ class Upstream:
         self._pool: dict = {}           # (place, proxy) -> [(socket, idle since)]
         self._lock = threading.Lock()
         self._context: Any = None
-        self._routes: dict = {}         # (scheme, host, port) -> proxy or None
+        self._routes: dict = {}         # Target.place -> proxy or None
         self._heads: dict = {}
-        self._addresses: dict = {}      # (scheme, host, port) -> family and address that a plain dial led to
+        self._addresses: dict = {}      # Target.place -> family and address that a plain dial led to
 
     # -- requests
 
@@ -4936,7 +4931,7 @@ class Upstream:
             try:
                 piece = await receive(sock, max(0.0, deadline - time.monotonic()), READ_SIZE, True)
             except Expired:
-                raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
+                raise silent(patience) from None
             except OSError:
                 piece = b""
             data = data + piece if data else piece
@@ -5090,6 +5085,16 @@ class Upstream:
                     route = (parts.hostname, port, login)
         self._routes[target.place] = route
         return route
+
+
+def silent(seconds: float) -> UpstreamTimeout:
+    """The upstream sent nothing for that long."""
+    return UpstreamTimeout(f"upstream was silent for {seconds:g} s")
+
+
+def cut_off(error: OSError) -> StreamTruncated:
+    """The upstream's connection broke."""
+    return StreamTruncated(f"upstream broke the connection: {reason_of(error)}")
 
 
 class _NoAnswer(UpstreamUnreachable):
@@ -5809,7 +5814,7 @@ def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
 
 
 class Healer:
-    """Knows what each target refused; a lesson is (key, action)."""
+    """Knows what the target refused; a lesson is (key, action), and `where` is (path, model)."""
 
     def __init__(self) -> None:
         self._lessons: dict = {}
@@ -5909,7 +5914,7 @@ class Request:
     """What a client asks.  `body` is read by the server before the operation, unless the route streams it."""
 
     __slots__ = ("method", "target", "path", "query", "version", "headers", "body", "chunks", "route", "arguments",
-                 "started", "keep", "length", "chunked", "alike", "travelling")
+                 "started", "keep", "length", "chunked", "first", "end_to_end")
 
     def __init__(self, method: str, target: str, version: int, headers: dict) -> None:
         self.method, self.target, self.version, self.headers = method, target, version, headers
@@ -5923,8 +5928,8 @@ class Request:
         self.keep = version == 1
         self.length: Optional[int] = None
         self.chunked = False
-        self.alike = self               # the first request with this head, which keeps what follows from it
-        self.travelling: Optional[list] = None
+        self.first: Optional[Request] = None    # the one whose head this one repeats
+        self.end_to_end: Optional[list] = None  # client_headers(), once somebody asked
 
     def again(self, length: Optional[int]) -> "Request":
         """Another request with the same head but for the length of its body."""
@@ -5932,7 +5937,7 @@ class Request:
         other.method, other.target, other.path, other.query = self.method, self.target, self.path, self.query
         other.version, other.headers, other.keep, other.chunked = self.version, self.headers, self.keep, self.chunked
         other.body, other.chunks, other.route, other.arguments = b"", None, None, ()
-        other.length, other.started, other.alike = length, time.monotonic_ns(), self
+        other.length, other.started, other.first = length, time.monotonic_ns(), self
         return other
 
 
@@ -5964,7 +5969,7 @@ class Log:
         self._lost = 0                  # lines that nobody took
         self._second = (0, "")
         self._known: dict = {}          # request lines as they are written
-        self._outlets: dict = {}        # stream -> what tells whether it takes more
+        self._outlet: tuple = (None, None)      # the stream written to last, and what tells whether it takes more
 
     def redact(self, text: str) -> str:
         """`text` without any key of ours."""
@@ -5984,7 +5989,9 @@ class Log:
         if line is None:
             if len(self._known) >= 256:
                 self._known.clear()
-            line = self._known[request_line] = self.redact(one_line(request_line, 400).replace('"', "%22"))
+            line = self.redact(one_line(request_line, 400).replace('"', "%22"))
+            if len(request_line) < 1024:
+                self._known[request_line] = line
         self._write(sys.stdout, f'ACCESS: {known[1]} {client} "{line}" {status} {size} {milliseconds:.1f}ms')
 
     def debug(self, text: Any) -> None:
@@ -6009,7 +6016,7 @@ class Log:
             with self._lock:
                 if self._lost:
                     text = f"\n({self._lost} lines were lost: nobody read the log)\n{text}"
-                takes_more = self._outlets.get(stream) or self._outlet(stream)
+                takes_more = self._outlet[1] if self._outlet[0] is stream else self._look_at(stream)
                 text += "\n"
                 while text:             # a pipe that is ready takes 4096 bytes
                     if not takes_more(0):
@@ -6022,7 +6029,7 @@ class Log:
         except (OSError, ValueError, AttributeError, UnicodeError):
             pass
 
-    def _outlet(self, stream: Any) -> Callable:
+    def _look_at(self, stream: Any) -> Callable:
         """What tells whether a write to a pipe or a terminal goes on at once, as far as the system knows (POSIX)."""
         try:
             poller = select.poll()
@@ -6031,7 +6038,7 @@ class Log:
         except (OSError, ValueError, AttributeError):
             def takes_more(patience: float) -> bool:    # Windows, or no file at all, such as a test's
                 return True
-        self._outlets = {stream: takes_more}
+        self._outlet = (stream, takes_more)
         return takes_more
 
 
@@ -6328,7 +6335,7 @@ async def converse(request: Request, scope: Scope) -> Response:
 
 
 class Witness:
-    """Notes of each event what later requests profit from: provider extras of tool calls, models that
+    """Called with all events of an answer; notes what later requests profit from: provider extras of tool calls, models that
     think, models whose answers begin inside a think tag."""
 
     def __init__(self, context: Context, model: str, decoder: Any) -> None:
@@ -6415,8 +6422,9 @@ def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]
             out = pipe.feed_from(body, data)
         elif data:
             content = body.feed(data)
-            tap("Target chunk", content)
-            out = pipe.feed(content) if content else b""
+            if content:
+                tap("Target chunk", content)
+                out = pipe.feed(content)
         else:
             body.close()
         if body.broken is not None:
@@ -6656,12 +6664,13 @@ def openai_entry(info: ModelInfo, api: str) -> dict:
 
 def client_headers(request: Request) -> list:
     """The headers of a client that may travel on."""
-    if request.alike.travelling is None:
-        request.alike.travelling = _travelling(request)
-    return request.alike.travelling
+    known = request.first or request
+    if known.end_to_end is None:
+        known.end_to_end = _end_to_end(request)
+    return known.end_to_end
 
 
-def _travelling(request: Request) -> list:
+def _end_to_end(request: Request) -> list:
     listed = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
     return [(name, value) for name, value in request.headers.items()
             if name not in HOP_BY_HOP and name not in PRIVATE_HEADERS and name not in listed and name != "user-agent"
@@ -6709,7 +6718,7 @@ async def relay(scope: Scope, request: Request, target: Target, path: str, body:
     media_type = reply.content_type or "application/octet-stream"
     length = reply.headers.get("content-length")
     counted = int(length) if length is not None and "content-encoding" not in reply.headers else None
-    if request.method == "HEAD" or reply.body.done or (counted is not None and counted <= 4 * READ_SIZE):
+    if request.method == "HEAD" or reply.body.done or (counted is not None and counted <= RELAY_WHOLE):
         data = await reply.read()
         if context.log.debugging:
             took = (time.monotonic_ns() - request.started) // 1_000_000
@@ -7650,9 +7659,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if flow is None:
                     flow = Flow(reply, pipe, self.connection, self.context.log.tap, self.server.loop, timeout)
                 try:
-                    out = flow.take() or b"" if holds_bytes(reply.sock) else await flow
+                    out = await flow
                 except Expired:
-                    out = pipe.fail(UpstreamTimeout(f"upstream was silent for {timeout:g} s"))
+                    out = pipe.fail(silent(timeout))
         finally:
             self._sent += flow.sent if flow is not None else 0
 
@@ -7722,8 +7731,10 @@ class Flow:
 
     def begin(self, task: Task) -> None:
         """From now on it hears of the upstream's socket in place of `task`, which waits."""
-        self._task = task
-        self._loop.watch(self, self._sock, self._sock.fileno(), READ)
+        self._task, fd = task, self._sock.fileno()
+        self._loop.entries[fd] = self
+        if self._loop.poller.masks.get(fd) != READ:     # room for more of a request is no news any more
+            self._loop.poller.set(self._sock, fd, READ)
 
     def ready(self, fd: int, flags: int) -> None:
         """The upstream has sent something, or has ended."""
@@ -7739,11 +7750,11 @@ class Flow:
     def take(self) -> Optional[bytes]:
         """One read and one write -> None, or what `await` returns.  Raises ClientGone."""
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self._sock.recv(READ_SIZE)       # more than a TLS record: nothing stays behind, decrypted
         except OSError as error:
             if unready(error):
                 return None
-            out = self._pipe.fail(StreamTruncated(f"upstream broke the connection: {reason_of(error)}"))
+            out = self._pipe.fail(cut_off(error))
         else:
             out = translate(self._body, self._pipe, data, self._tap)
         size = 0

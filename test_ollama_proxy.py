@@ -991,7 +991,7 @@ def test_what_came_before_a_fault_in_chunked_coding_is_not_lost(framed):
     decoder = ChunkedDecoder(framed=framed)
     with pytest.raises(ValueError):
         decoder.feed(b"5\r\nhello\r\n3\r\nabc\r\nzz\r\n")
-    assert decoder.salvaged.rstrip() == b"5\r\nhello\r\n3\r\nabc" if framed else decoder.salvaged == b"helloabc"
+    assert decoder.salvaged == (b"5\r\nhello\r\n3\r\nabc\r\n" if framed else b"helloabc")
 
 
 def test_chunked_coding_stops_at_its_limit():
@@ -1121,8 +1121,8 @@ def test_a_stream_says_the_same_with_its_chunks_still_on(dialect, encoder, face,
     monkeypatch.setattr(proxy_module, "call_id", lambda *seed: "fixed")
     chance = random.Random(18)
     long = [token_stream(chance, dialect, 400, chance.choice([.002, .02, .2, 1])) for _ in range(60)]
-    taken, chunks, token = [], Shortcut.chunks, Shortcut.token
-    monkeypatch.setattr(Shortcut, "chunks", lambda self, data: taken.append(chunks(self, data)) or taken[-1])
+    taken, chunks, token = [], Shortcut.run_of_chunks, Shortcut.token
+    monkeypatch.setattr(Shortcut, "run_of_chunks", lambda self, data: taken.append(chunks(self, data)) or taken[-1])
     monkeypatch.setattr(Shortcut, "token", lambda self, data: taken.append(token(self, data)) or taken[-1])
     for data in [row[2] for row in ALL_STREAMS if row[2]] + long:
         call = chat_call(face=face if encoder is OllamaEncoder else "completion" if face == "generate" else "chat",
@@ -1141,6 +1141,29 @@ def test_a_stream_says_the_same_with_its_chunks_still_on(dialect, encoder, face,
         assert outs[0] == outs[1], data
     assert sum(1 for made in taken if isinstance(made, tuple) and made[1] > 2000) > 5
     assert dialect is OLLAMA or sum(1 for made in taken if isinstance(made, bytes) and made) > 100
+
+
+@cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
+def test_what_came_before_a_fault_in_a_large_read_is_not_lost(dialect, encoder):
+    """A broken chunk somewhere in a saturated stream: with the shortcut the client gets what it gets without."""
+    chance = random.Random(20)
+    for _ in range(150):
+        data = token_stream(chance, dialect, 120, chance.choice([0, .02]))
+        pieces = [b"%x\r\n%b\r\n" % (len(frame), frame) for frame in re.findall(rb".*?\n\n|.+", data, re.S)] \
+            if dialect is OPENAI else [b"%x\r\n%b\r\n" % (len(frame), frame) for frame in data.splitlines(True)]
+        pieces.insert(chance.randrange(len(pieces) + 1), chance.choice([b"zz\r\n", b"5\r\nhello world\r\n", b"\n", b""]))
+        data = b"".join(pieces)[:chance.choice([1 << 20, chance.randrange(len(data))])]
+        outs = []
+        for shortcut in (True, False):
+            pipe, body = Pipe(dialect.Decoder(chat_call()), encoder(chat_call(), StillClock, 1, 2), shortcut=shortcut), BodyDecoder(None, True)
+            out = b""
+            try:
+                for piece in (data, b""):
+                    out += b"" if pipe.done else proxy_module.translate(body, pipe, piece, None)
+            except proxy_module.ProxyError as error:
+                out += repr(error).encode()
+            outs.append(re.sub(rb"chatcmpl-\w+", b"", out))
+        assert outs[0] == outs[1]
 
 
 def test_a_simple_frame_is_told_by_its_shape_only_if_it_is_simple():
@@ -1170,7 +1193,7 @@ def test_a_simple_frame_is_told_by_its_shape_only_if_it_is_simple():
             if chance.random() < .06:
                 value[key] = more
         line = json.dumps(value, ensure_ascii=chance.random() < .5, separators=chance.choice([(",", ":"), None]))
-        for spoil, instead in (('"assistant"', '"assistant",'), ("null", "nul"), ('"m"', '"m\\x"'), ('"content"', '"content":"x","content"')):
+        for spoil, instead in (('"created":1', '"created":01'), ('"assistant"', '"assistant",'), ("null", "nul"), ('"m"', '"m\\x"'), ('"content"', '"content":"x","content"')):
             if chance.random() < .01:
                 line = line.replace(spoil, instead)
         data = f"data: {line}\n\n".encode() + chance.choice([b"", sse(STOP), b"data: [DONE]\n\n"])
@@ -4725,6 +4748,41 @@ def test_a_bug_with_one_socket_is_not_the_end_of_all(start, target, poller, monk
         sock.sendall(http_request("GET", "/health"))
         read_until(sock, b"ok")         # it is reported again
     assert proxy.call("GET", "/api/version").status == 200 and "a bug" in capfd.readouterr().err
+
+
+@cases("poller", POLLERS)
+def test_a_silent_stream_ends_even_if_there_is_room_for_more_of_its_request(poller):
+    """An upload may leave the upstream's socket watched for WRITE, which is always so: that is no sign of life."""
+    loop = proxy_module.Loop(getattr(proxy_module, poller)(), grain=0.02)
+    (ours, theirs), (client, reader) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, client, reader:
+        ours.setblocking(False)
+        reply = SimpleNamespace(sock=ours, body=BodyDecoder(None, True))
+        flow = proxy_module.Flow(reply, Pipe(OpenAIDecoder(chat_call()), OllamaEncoder(chat_call(), StillClock, 1, 2)), client, None, loop, 0.1)
+        ended = []
+
+        async def stream():
+            loop.poller.set(ours, ours.fileno(), proxy_module.READ | proxy_module.WRITE)
+            try:
+                await flow
+            except proxy_module.Expired:
+                ended.append("silent")
+            loop.stop()
+
+        loop.spawn(stream())
+        thread = threading.Thread(target=loop.run, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert ended == ["silent"]
+
+
+def test_a_large_relayed_answer_that_breaks_is_an_error_as_long_as_nothing_was_sent(start, target):
+    def script(talk):
+        talk.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 700000\r\n\r\n" + b"x" * 350000)
+
+    target.answers["/v1/embeddings"] = script
+    answer = start("--target-api", "openai").post("/v1/embeddings", {"model": "m", "input": "x"})
+    assert answer.status == 502 and b"middle of its answer" in answer.data
 
 
 # ----------------------------------------------------------------------------
