@@ -969,6 +969,9 @@ class BodyDecoder:
         """
         if self.broken is not None:
             raise self.broken
+        if self.done:
+            self.clean = self.clean and not data
+            return b""
         if self._chunks is not None:
             try:
                 data = self._chunks.feed(data)
@@ -2728,7 +2731,7 @@ class OpenAIDecoder:
         except (KeyError, TypeError, ValueError):
             return []
         if type(text) is str and text and text.lstrip()[:1] != "<" and "</" not in text \
-                and reason in ("stop", "length") and type(counted) is int and counted > 0 \
+                and reason in ("stop", "length") and type(counted) is int and 0 < counted < 1 << 62 \
                 and choice.get("index") in (0, None) and not choice.get("delta") and not choice.get("usage") \
                 and not answer.get("error") and "x_groq" not in answer and answer.get("object") != "error" \
                 and self._alternatives is None and self._prefill is None and not self._opened \
@@ -3365,7 +3368,7 @@ class Shortcut:
             text = b'"%b"' % said.encode("utf-8", "replace")
         at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
         head, tail = frame[:at], frame[at + len(text) - 2:]
-        return (head, tail) if at and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
+        return (head, tail) if 0 < at and len(frame) < SHORT_FRAME and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
 
     def between_chunks(self, body: BodyDecoder) -> bool:
         """An envelope is known, nothing is pending, and the upstream's next bytes begin an HTTP chunk."""
@@ -3391,7 +3394,7 @@ class Shortcut:
     def token(self, data: bytes) -> bytes:
         """run_of_chunks() for one chunk with a text that was met before, as slow models send them; b"" for
         anything else."""
-        if self._after or not self._chunked:
+        if self._after or not self._chunked or len(data) <= len(self._head) + len(self._end):
             return b""
         start = self._starts.get(len(data))
         if start is None:
@@ -3424,9 +3427,10 @@ class Shortcut:
         if self._after:
             parts = [text.partition(self._after) for text in texts]
             stamps = b"".join([part[0] for part in parts])
-            # Four quotation marks in each and nothing escaped: else one of them is more than a timestamp.
-            if stamps.count(b'"created_at":"') != len(parts) or stamps.count(b'"') != 4 * len(parts) \
-                    or b"\\" in stamps or not all([part[1] for part in parts]):
+            # Four quotation marks in each, at both ends, and nothing escaped: else one is more than a timestamp.
+            if stamps.count(b'""created_at":"') != len(parts) - 1 or stamps.count(b'"') != 4 * len(parts) \
+                    or not (stamps.startswith(b'"created_at":"') and stamps.endswith(b'"')) or b"\\" in stamps \
+                    or len(stamps.translate(None, _CONTROLS)) != len(stamps) or not all([part[1] for part in parts]):
                 parts = [part if part[1] and _STAMP.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
             texts = [part[2] for part in parts]
         plain = list(map(_PLAIN_KNOWN.get, texts))
@@ -3481,7 +3485,7 @@ class Shortcut:
         return out
 
 
-_STAMP = re.compile(rb'"created_at":"[^"\\]*"')
+_STAMP = re.compile(rb'"created_at":"[^"\\\x00-\x1f]*"')
 _PLAIN_KNOWN: dict = {}
 
 
@@ -4224,8 +4228,11 @@ def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -
 
 
 @types.coroutine
-def send_all(sock: Any, data: Any, seconds: float) -> Any:
-    """Sends everything, as fast as it is taken.  Raises OSError, or Expired when nothing is for `seconds`."""
+def send_all(sock: Any, data: Any, seconds: float, sizes: Optional[list] = None) -> Any:
+    """Sends everything, as fast as it is taken; `sizes` gets the bytes of each write.
+
+    Raises OSError, or Expired when nothing is taken for `seconds`.
+    """
     while True:
         mask = WRITE
         try:
@@ -4234,6 +4241,8 @@ def send_all(sock: Any, data: Any, seconds: float) -> Any:
             mask, size = unready(error, WRITE), 0
             if not mask:
                 raise
+        if sizes is not None:
+            sizes.append(size)
         if size == len(data):
             return
         data = memoryview(data)[size:]
@@ -7647,12 +7656,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
         """Carries a stream to its end.  A client that does not read stops the reading."""
-        timeout, flow = self.context.config.timeout, None
+        timeout, flow, sizes = self.context.config.timeout, None, []
         try:
             while True:
                 if out:
-                    await send_all(self.connection, out, self.patience)
-                    self._sent += len(out)
+                    await send_all(self.connection, out, self.patience, sizes)
                 if pipe.done:
                     reply.ending = pipe.failure is None and pipe.clean
                     return
@@ -7663,7 +7671,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 except Expired:
                     out = pipe.fail(silent(timeout))
         finally:
-            self._sent += flow.sent if flow is not None else 0
+            self._sent += sum(sizes) + (flow.sent if flow is not None else 0)
 
     async def _done(self, request: Request, status: int, size: int, keep: bool,
                     failure: Optional[Exception] = None) -> bool:

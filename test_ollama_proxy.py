@@ -1630,7 +1630,7 @@ def test_a_plain_whole_answer_is_read_as_any_other():
                 ("choices", 0, "delta"), ("choices", 0, "usage"), ("choices",), ("usage",), ("usage", "completion_tokens"),
                 ("usage", "prompt_tokens"), ("error",), ("object",), ("timings",), ("x_groq",), ("detail",)]
     values = [None, "", "x", " ", "<think>a</think>b", "a</think>b", "a < b", "  <thin", "length", "stop", "error", "chat.completion",
-              0, 1, 7, -1, True, [], [1], {}, {"content": "c"}, {"completion_tokens": 3}, {"message": "boom"},
+              0, 1, 7, -1, 10 ** 25, True, [], [1], {}, {"content": "c"}, {"completion_tokens": 3}, {"message": "boom"},
               {"predicted_n": 9, "predicted_ms": 5.0}, [{"index": 1, "message": {"content": "other"}}]]
     for place in [()] + oddities:
         for value in values if place else [None]:
@@ -4774,6 +4774,38 @@ def test_a_silent_stream_ends_even_if_there_is_room_for_more_of_its_request(poll
         thread.start()
         thread.join(PATIENCE)
         assert ended == ["silent"]
+
+
+@cases("rest, clean", [(b"", True), (b"\r\n", False), (b"X: y\r\n\r\n", False), (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", False)])
+def test_bytes_behind_the_last_chunk_of_a_large_read_are_nobodys(rest, clean):
+    wire = chunk(sse(delta(reasoning_content="r" * 5000), done=False)) + chunk(sse(STOP, done=False)) + b"0\r\n\r\n" + rest
+    pipe, body = Pipe(OpenAIDecoder(chat_call()), OllamaEncoder(chat_call(), StillClock, 1, 2)), BodyDecoder(None, True)
+    out = proxy_module.translate(body, pipe, wire, None)
+    assert b'"done":true' in out and out.endswith(b"\r\n0\r\n\r\n") and body.done and body.clean is clean
+
+
+def test_a_giant_envelope_is_not_kept_for_every_length_of_chunk():
+    """A megabyte before each of 800 lengths would be 800 MB."""
+    import tracemalloc
+    pipe, body = Pipe(OpenAIDecoder(chat_call()), OllamaEncoder(chat_call(), StillClock, 1, 2)), BodyDecoder(None, True)
+    pipe.feed_from(body, chunk(sse({"x": "x" * 1_000_000, **delta("a")}, done=False)))
+    tracemalloc.start()
+    for length in range(20, 800):
+        pipe.feed_from(body, chunk(b":" + b"c" * length + b"\n\n"))
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 3_000_000
+
+
+def test_a_timestamp_with_something_behind_it_is_no_timestamp():
+    def line(text, junk=b""):
+        return b'{"model":"m","created_at":"x"%b,"message":{"role":"assistant","content":"%b"},"done":false}\n' % (junk, text)
+
+    outs = []
+    for shortcut in (True, False):
+        pipe = Pipe(OllamaDecoder(chat_call()), OllamaEncoder(chat_call(), StillClock, 1, 2), chunked=False, shortcut=shortcut)
+        outs.append(pipe.feed(line(b"a")) + pipe.feed(line(b"a") * 3 + line(b"b", b"JUNK") + line(b"c")))
+    assert outs[0] == outs[1] and b"not JSON" in outs[0]
 
 
 def test_a_large_relayed_answer_that_breaks_is_an_error_as_long_as_nothing_was_sent(start, target):
