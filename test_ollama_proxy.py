@@ -4778,7 +4778,8 @@ def test_a_silent_stream_ends_even_if_there_is_room_for_more_of_its_request(poll
 
 @cases("rest, clean", [(b"", True), (b"\r\n", False), (b"X: y\r\n\r\n", False), (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", False)])
 def test_bytes_behind_the_last_chunk_of_a_large_read_are_nobodys(rest, clean):
-    wire = chunk(sse(delta(reasoning_content="r" * 5000), done=False)) + chunk(sse(STOP, done=False)) + b"0\r\n\r\n" + rest
+    stop = next(wire for wire in (chunk(sse({"id": "x" * size, **STOP}, done=False)) for size in range(300)) if len(wire) == 250)
+    wire = chunk(sse(delta(reasoning_content="r" * 5000), done=False)) + stop + b"0\r\n\r\n" + rest
     pipe, body = Pipe(OpenAIDecoder(chat_call()), OllamaEncoder(chat_call(), StillClock, 1, 2)), BodyDecoder(None, True)
     out = proxy_module.translate(body, pipe, wire, None)
     assert b'"done":true' in out and out.endswith(b"\r\n0\r\n\r\n") and body.done and body.clean is clean
