@@ -3293,8 +3293,8 @@ class Shortcut:
     must be written differently (escapes such as \\/ or \\u0041, a possible think tag), goes the ordinary way, in
     its turn.  The bytes that come out are the same either way; the tests run every stream both ways.
 
-    Three ways lead in: token() takes one HTTP chunk with a text that was met before, run_of_chunks() many chunks
-    of a frame each, and feed() anything, once its chunk framing is off.
+    Three ways lead in: token() takes one HTTP chunk with one frame, run_of_chunks() many of these, and feed()
+    anything, once its chunk framing is off.
     """
 
     _VAIN = 8                       # envelopes learned without use before a stream is left alone
@@ -3386,21 +3386,24 @@ class Shortcut:
         frames.pop()
         lengths = list(map(len, frames))
         starts = {length: self._start_of_chunk(length) for length in set(lengths)}
-        plain = self._plain_texts(frames, list(map(starts.__getitem__, lengths)))
+        left = {length: length - len(start) for length, start in starts.items()}
+        plain = self._plain_texts(frames, list(map(starts.__getitem__, lengths)), list(map(left.__getitem__, lengths)))
         if None in plain:
             del plain[plain.index(None):]       # that one goes the ordinary way, with what is behind it
         return self._lines(plain), sum(lengths[:len(plain)]) + len(end) * len(plain)
 
     def token(self, data: bytes) -> bytes:
-        """run_of_chunks() for one chunk with a text that was met before, as slow models send them; b"" for
-        anything else."""
+        """run_of_chunks() for one chunk, as slow models send them; b"" when it does not fit."""
         if self._after or not self._chunked or len(data) <= len(self._head) + len(self._end):
             return b""
         start = self._starts.get(len(data))
         if start is None:
             start = self._starts[len(data)] = self._start_of_chunk(len(data) - len(self._end))
-        text = _PLAIN_KNOWN.get(data[len(start):-len(self._end)])
-        if not text or not data.startswith(start) or not data.endswith(self._end):
+        if not data.startswith(start) or not data.endswith(self._end):
+            return b""
+        text = data[len(start):-len(self._end)]
+        text = _PLAIN_KNOWN.get(text) or plain_text(text)
+        if not text:
             return b""
         self._vain = 0
         before, after = self._encoder.around([text])
@@ -3417,13 +3420,13 @@ class Shortcut:
                 break
         return line + self._head
 
-    def _plain_texts(self, frames: list, starts: list) -> list:
+    def _plain_texts(self, frames: list, starts: list, left: list) -> list:
         """The texts of `frames`, which lack the tail already, as the client gets them; None for a frame that has
-        another start or envelope, and for a text that has to be looked at."""
+        another start or envelope, and for a text that has to be looked at.  `left` is what is left of each
+        without its start."""
         texts = list(map(bytes.removeprefix, frames, starts))
-        if sum(map(len, texts)) != sum(map(len, frames)) - sum(map(len, starts)):
-            texts = [text if len(text) + len(start) == len(frame) else b'"'
-                     for text, frame, start in zip(texts, frames, starts)]
+        if list(map(len, texts)) != left:
+            texts = [text if len(text) == length else b'"' for text, length in zip(texts, left)]
         if self._after:
             parts = [text.partition(self._after) for text in texts]
             stamps = b"".join([part[0] for part in parts])
@@ -3448,7 +3451,8 @@ class Shortcut:
         rest = frames.pop()
         if not frames:
             return b"", data
-        plain = self._plain_texts(frames, [self._head] * len(frames))
+        first = len(self._head)
+        plain = self._plain_texts(frames, [self._head] * len(frames), [len(frame) - first for frame in frames])
         if None not in plain:
             return self._lines(plain), rest
         out, run = [], []
@@ -3467,8 +3471,10 @@ class Shortcut:
 
     def _lines(self, texts: list) -> bytes:
         """Client lines around `texts`; empty texts are no events."""
-        if b"" in texts:
+        lengths = list(map(len, texts))
+        if 0 in lengths:
             texts = [text for text in texts if text]
+            lengths = list(map(len, texts))
         if not texts:
             return b""
         self._vain = 0
@@ -3476,7 +3482,6 @@ class Shortcut:
         if not self._chunked:
             return b"".join([before + text + after for text in texts])
         fixed = len(before) + len(after)
-        lengths = list(map(len, texts))
         starts = {length: b"%x\r\n%b" % (fixed + length, before) for length in set(lengths)}
         after += b"\r\n"
         out = b"".join(itertools.chain.from_iterable(
@@ -3497,7 +3502,9 @@ def plain_text(text: bytes) -> Optional[bytes]:
         plain = encode_text(_decode_json(f'"{str(text, "utf-8", "replace")}"'))[1:-1].encode("ascii")
     except (ValueError, TypeError):
         return None
-    if len(text) < 32 and len(_PLAIN_KNOWN) < 8192:
+    if len(text) < 32:
+        if len(_PLAIN_KNOWN) >= 8192:
+            _PLAIN_KNOWN.clear()
         _PLAIN_KNOWN[text] = plain      # tokens repeat
     return plain
 
