@@ -85,7 +85,7 @@ import urllib.parse
 import zlib
 from typing import Any, Callable, Iterable, NamedTuple, Optional
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 # ----------------------------------------------------------------------------
 # Room 1.  Constants: limits with their reasons, media types, ports
