@@ -499,7 +499,12 @@ def _without_long_texts(value: Any, texts: list) -> Any:
 
 def json_depth(data: bytes) -> int:
     """How deep arrays and objects nest, up to MAX_JSON_DEPTH, strings left aside; broken JSON is no matter."""
-    if data.count(b"[") + data.count(b"{") < MAX_JSON_DEPTH:
+    found = 0
+    for bracket in (b"[", b"{"):        # find() passes long texts at many times the speed of count()
+        at = data.find(bracket)
+        while at >= 0 and found < MAX_JSON_DEPTH:
+            found, at = found + 1, data.find(bracket, at + 1)
+    if found < MAX_JSON_DEPTH:
         return 0
     skeleton = data.translate(None, _NOT_STRUCTURE)     # only brackets, quotes and backslashes remain
     depth = deepest = 0
