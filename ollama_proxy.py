@@ -491,7 +491,7 @@ def _without_long_texts(value: Any, texts: list) -> Any:
     if isinstance(value, str) and len(value) >= LONG_TEXT and value.isascii():
         data = value.encode("ascii").replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n") \
             .replace(b"\r", b"\\r").replace(b"\t", b"\\t")
-        if len(data.translate(None, _CONTROLS)) == len(data):
+        if not any(map(data.__contains__, _CONTROLS)):      # 33 searches are faster than one translate()
             texts.append(b'"%b"' % data)
             return f"{_TEXT_MARK}{len(texts) - 1}"
     return value
