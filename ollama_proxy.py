@@ -3373,7 +3373,9 @@ class Shortcut:
             text = b'"%b"' % said.encode("utf-8", "replace")
         at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
         head, tail = frame[:at], frame[at + len(text) - 2:]
-        return (head, tail) if 0 < at and len(frame) < SHORT_FRAME and self._decoder.text_of(head + b"probe" + tail) == "probe" else (b"", b"")
+        if not at or len(frame) >= SHORT_FRAME or self._decoder.text_of(head + b"probe" + tail) != "probe":
+            return b"", b""
+        return head, tail
 
     def between_chunks(self, body: BodyDecoder) -> bool:
         """An envelope is known, nothing is pending, and the upstream's next bytes begin an HTTP chunk."""
