@@ -669,18 +669,22 @@ class FrameDecoder:
             lines = data[:-2].split(b"\n\n")     # as nearly all servers write: a data line, a blank line
             for at, line in enumerate(lines):
                 try:
-                    if line[:6] != b"data: " or b"\n" in line or line[-1:] not in b"}]":
-                        raise ValueError("not so")
-                    value = self._known(line[6:]) if len(line) < SHORT_FRAME else None
-                    if value is None and line != b"data: [DONE]":
-                        value = load(line[6:])
-                    frames.append(("", value))
+                    frames.append(("", self._value(line)))
                 except (ValueError, RecursionError):
                     data = b"\n\n".join(lines[at:] + [b""])
                     break
             else:
                 return frames
         return frames + self._frames(self._lines.feed(data))
+
+    def _value(self, line: bytes) -> Any:
+        """One data line that is a frame -> its value, None for [DONE].  Raises ValueError for any other line."""
+        if line == b"data: [DONE]":
+            return None
+        if line[:6] != b"data: " or line[-1:] != b"}" or b"\n" in line:
+            raise ValueError("not a data line with an object")
+        known = self._known(line[6:]) if len(line) < SHORT_FRAME else None
+        return load(line[6:]) if known is None else known
 
     @property
     def idle(self) -> bool:
@@ -725,8 +729,7 @@ class FrameDecoder:
             return
         if not self._pending and payload[-1:] == b"}":
             try:                        # a whole value in one line, as nearly always
-                known = self._known(payload) if len(payload) < SHORT_FRAME and not self._event else None
-                frames.append((self._event, load(payload) if known is None else known))
+                frames.append((self._event, load(payload)))
                 return
             except (ValueError, RecursionError):
                 pass
@@ -1810,6 +1813,7 @@ class OllamaDecoder:
     begins_inside: Optional[bool] = None        # an Ollama splits reasoning off by itself
     frame_end = b"\n"
     text_keys = (b'"content":', b'"response":')
+    stamp_key = b'"created_at":'                # a string without escapes, other in each line
 
     def __init__(self, call: ChatCall, opened: bool = False) -> None:
         del opened
@@ -1925,15 +1929,15 @@ class OllamaEncoder:
         self._first = 0                 # when the first delta was encoded
         self._deltas = 0
         self._answer: Optional[list] = [] if call.conversation is not None else None
-        self.stamp = b""
-        self.head = b'{"model":%b,"created_at":"' % encode_text(call.model).encode("ascii")
-        self.before_text, self._end = ((b'","response":', b"") if call.face == "generate"
+        self._stamp = b""
+        self._head = b'{"model":%b,"created_at":"' % encode_text(call.model).encode("ascii")
+        self._before_text, self._end = ((b'","response":', b"") if call.face == "generate"
                                        else (b'","message":{"role":"assistant","content":', b"}"))
-        self.after_text = self._end + b',"done":false}\n'
+        self._after_text = self._end + b',"done":false}\n'
 
     def tick(self) -> None:
         """A new batch of events begins: one timestamp serves them all."""
-        self.stamp = self._clock.stamp()
+        self._stamp = self._clock.stamp()
 
     def count(self, deltas: int) -> None:
         """Deltas went by that are part of the estimates."""
@@ -1946,8 +1950,8 @@ class OllamaEncoder:
         self.count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
-        self.stamp = self._clock.stamp()
-        return b'%b%b%b"' % (self.head, self.stamp, self.before_text), b'"' + self.after_text
+        self._stamp = self._clock.stamp()
+        return b'%b%b%b"' % (self._head, self._stamp, self._before_text), b'"' + self._after_text
 
     def encode(self, event: Any) -> bytes:
         """Returns one line, or nothing."""
@@ -1986,7 +1990,7 @@ class OllamaEncoder:
 
     def _line(self, text: str, beside: bytes = b"", last: bytes = b',"done":false}\n') -> bytes:
         """One object: `text`, what stands `beside` it in the message, and what comes after that."""
-        return b"%b%b%b%b%b%b%b" % (self.head, self.stamp, self.before_text, encode_text(text).encode("ascii"), beside,
+        return b"%b%b%b%b%b%b%b" % (self._head, self._stamp, self._before_text, encode_text(text).encode("ascii"), beside,
                                     self._end, last)
 
     def _last(self, finish: Finish) -> bytes:
@@ -2611,7 +2615,7 @@ def simple_frame(line: bytes) -> Optional[SimpleFrame]:
     opening, ending = line[:at], line[at:]
     if opening in _OPENINGS and ending in _ENDINGS:
         return _ENDINGS[ending]
-    found = _look_at(line)
+    found = _read_simple_frame(line)
     if found is not None and at > 0 and len(ending) < 128:
         for known in (_OPENINGS, _ENDINGS):
             if len(known) >= 2048:
@@ -2621,7 +2625,7 @@ def simple_frame(line: bytes) -> Optional[SimpleFrame]:
     return found
 
 
-def _look_at(line: bytes) -> Optional[SimpleFrame]:
+def _read_simple_frame(line: bytes) -> Optional[SimpleFrame]:
     match = _SIMPLE_FRAME.fullmatch(line)
     if match is None:
         return None
@@ -2668,6 +2672,7 @@ class OpenAIDecoder:
 
     frame_end = b"\n\n"
     text_keys = (b'"content":', b'"content": ', b'"text":', b'"text": ')
+    stamp_key = b""
 
     @property
     def plain(self) -> bool:
@@ -3158,6 +3163,7 @@ OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_
 # handed out in one piece.
 # ----------------------------------------------------------------------------
 
+
 class ReasoningFilter:
     """Applies --reasoning to a stream of events: "drop" leaves thinking out, "merge" puts it into the
     text between think tags."""
@@ -3311,6 +3317,7 @@ class Shortcut:
         self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
         self._head = self._tail = b""   # what stands before and after a text
         self._after = b""               # if a timestamp follows the head: what stands between that and the text
+        self._stamp: Any = None         # the shape of that timestamp
         self._end = b""                 # what ends a chunk
         self._starts: dict = {}         # length of a chunk -> its size line and head
         self._vain = 0
@@ -3362,7 +3369,9 @@ class Shortcut:
         if not self._head:
             return
         self._vain += 1
-        stamp = _STAMP.search(self._head)
+        key = self._decoder.stamp_key
+        self._stamp = re.compile(key + rb'"[^"\\\x00-\x1f]*"') if key else None
+        stamp = self._stamp.search(self._head) if key else None
         self._head, self._after = (self._head[:stamp.start()], self._head[stamp.end():]) if stamp else (self._head, b"")
         self._end, self._starts = self._tail + b"\r\n", {}
 
@@ -3412,7 +3421,7 @@ class Shortcut:
         text = _PLAIN_KNOWN.get(text) or plain_text(text)
         if not text:
             return b""
-        self._vain = 0
+        self._vain = 0                  # from here on _lines([text]), without its ways for many: this is once a token
         before, after = self._encoder.around([text])
         size = len(before) + len(text) + len(after)
         out = b"%x\r\n%b%b%b\r\n" % (size, before, text, after)
@@ -3436,12 +3445,12 @@ class Shortcut:
             texts = [text if len(text) == length else b'"' for text, length in zip(texts, left)]
         if self._after:
             parts = [text.partition(self._after) for text in texts]
-            stamps = b"".join([part[0] for part in parts])
+            stamps, opening = b"".join([part[0] for part in parts]), self._decoder.stamp_key + b'"'
             # Four quotation marks in each, at both ends, and nothing escaped: else one is more than a timestamp.
-            if stamps.count(b'""created_at":"') != len(parts) - 1 or stamps.count(b'"') != 4 * len(parts) \
-                    or not (stamps.startswith(b'"created_at":"') and stamps.endswith(b'"')) or b"\\" in stamps \
+            if stamps.count(b'"' + opening) != len(parts) - 1 or stamps.count(b'"') != 4 * len(parts) \
+                    or not (stamps.startswith(opening) and stamps.endswith(b'"')) or b"\\" in stamps \
                     or len(stamps.translate(None, _CONTROLS)) != len(stamps) or not all([part[1] for part in parts]):
-                parts = [part if part[1] and _STAMP.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
+                parts = [part if part[1] and self._stamp.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
             texts = [part[2] for part in parts]
         plain = list(map(_PLAIN_KNOWN.get, texts))
         if None in plain:
@@ -3497,7 +3506,6 @@ class Shortcut:
         return out
 
 
-_STAMP = re.compile(rb'"created_at":"[^"\\\x00-\x1f]*"')
 _PLAIN_KNOWN: dict = {}
 
 
@@ -3677,6 +3685,31 @@ class RelayPipe:
         if not self.done:
             self.done, self.failure, self.clean = True, error, False
         return b""
+
+
+def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]) -> bytes:
+    """Bytes from the upstream's socket, b"" at its end -> bytes for the client's.
+
+    Raises what broke before anything was sent: it can still be an HTTP status.
+    """
+    out = b""
+    try:
+        if data and tap is None:
+            out = pipe.feed_from(body, data)
+        elif data:
+            content = body.feed(data)
+            if content:
+                tap("Target chunk", content)
+                out = pipe.feed(content)
+        else:
+            body.close()
+        if body.broken is not None:
+            out += pipe.fail(body.broken)
+        elif body.done and not pipe.done:
+            out += pipe.close()
+        return out
+    except ProxyError as error:
+        return out + pipe.fail(error)
 
 
 # ----------------------------------------------------------------------------
@@ -4187,7 +4220,8 @@ class Expired(Exception):
 def wait(sock: Any, mask: int, seconds: float) -> Any:
     """Until `sock` can be read or written.  Raises Expired, or ClientGone when the task's client leaves.
 
-    Being woken is a hint: the operation may find that it would block still, and is then waited for again.    """
+    Being woken is a hint: the operation may find that it would block still, and is then waited for again.
+    """
     yield sock, mask, seconds, False
 
 
@@ -4776,7 +4810,7 @@ class Reply:
     async def receive(self) -> bytes:
         """The next bytes of the socket, framing and all.  Raises StreamTruncated or UpstreamTimeout."""
         try:
-            return await receive(self.sock, self.patience, READ_SIZE, True)
+            return await receive(self.sock, self.patience, READ_SIZE, quick=True)
         except Expired:
             raise silent(self.patience) from None
         except OSError as error:
@@ -4952,7 +4986,7 @@ class Upstream:
         data = b""
         while True:
             try:
-                piece = await receive(sock, max(0.0, deadline - time.monotonic()), READ_SIZE, True)
+                piece = await receive(sock, max(0.0, deadline - time.monotonic()), READ_SIZE, quick=True)
             except Expired:
                 raise silent(patience) from None
             except OSError:
@@ -6358,8 +6392,8 @@ async def converse(request: Request, scope: Scope) -> Response:
 
 
 class Witness:
-    """Called with all events of an answer; notes what later requests profit from: provider extras of tool calls, models that
-    think, models whose answers begin inside a think tag."""
+    """Called with all events of an answer; notes what later requests profit from: provider extras of tool
+    calls, models that think, models whose answers begin inside a think tag."""
 
     def __init__(self, context: Context, model: str, decoder: Any) -> None:
         self._context, self._model, self._decoder = context, model, decoder
@@ -6432,31 +6466,6 @@ async def peek(reply: Reply, pipe: Pipe, tap: Optional[Callable]) -> bytes:
             return out
         if not data:
             raise StreamTruncated("upstream sent an empty response")
-
-
-def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]) -> bytes:
-    """Bytes from the upstream's socket, b"" at its end -> bytes for the client's.
-
-    Raises what broke before anything was sent: it can still be an HTTP status.
-    """
-    out = b""
-    try:
-        if data and tap is None:
-            out = pipe.feed_from(body, data)
-        elif data:
-            content = body.feed(data)
-            if content:
-                tap("Target chunk", content)
-                out = pipe.feed(content)
-        else:
-            body.close()
-        if body.broken is not None:
-            out += pipe.fail(body.broken)
-        elif body.done and not pipe.done:
-            out += pipe.close()
-        return out
-    except ProxyError as error:
-        return out + pipe.fail(error)
 
 
 def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, shape: Optional[Callable], log: Log,
@@ -7660,7 +7669,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         first = response.first
         if rest:
             first += translate(response.reply.body, pipe, rest, self.context.log.tap)
-        pipe.started = True
+        pipe.started = True                     # the head goes out now: what breaks later cannot be a status
         head = self._head(request, response, pipe.length, keep)
         try:
             await self._stream(response.reply, pipe, head + first)
