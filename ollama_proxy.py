@@ -9,10 +9,10 @@ One file, nothing but the standard library, Python 3.9 and newer.
 
     python3 ollama_proxy.py --target http://localhost:1234
 
-    client bytes --> Request --> parse_* --> Call --> render_* --> Upstream.open --> upstream bytes
-    (server, 15)     (route 14)  +- client dialect    +- upstream dialect   (10)
-    client bytes <-- send <-- Encoder <-- events <-- Decoder <-- BodyDecoder <------+
-    (server, 15)             client dialect   upstream dialect       hang-up (9) ends the call
+    client bytes --> Request --> parse_* --> Call --> render_* --> Scope.open --> upstream bytes
+    (server, 14)     (route 13)  +- client dialect    +- upstream dialect  (9)
+    client bytes <-- send <-- Encoder <-- events <-- Decoder <-- Reply.pieces <-----+
+    (server, 14)             client dialect   upstream dialect    a client that leaves (9) ends the call
 
 A *dialect* is a wire API family.  Both are parsed into one neutral vocabulary and
 rendered from it, so each dialect is written once, whichever side it stands on:
@@ -31,19 +31,18 @@ Rooms, in reading order; each uses only names from rooms above it:
      4  Framing         bytes to lines, SSE frames and HTTP bodies; JSON with limits
      5  Ollama dialect  /api/*: parse, render, decode, encode
      6  OpenAI dialect  /v1/*: the mirror room
-     7  Translation     a decoder and an encoder joined into one pipe
+     7  Translation     a decoder and an encoder joined into a generator of lines
      8  Configuration   presets, flags and environment become one frozen value
-     9  Loop            one thread that runs every request as a coroutine, and notices hang-ups
-    10  Upstream        dial, send, read, pool
-    11  Catalogue       what the target serves, under which names, with what metadata
-    12  Healing         what a target refused, and what to send instead
-    13  Operations      one short function per verb
-    14  Routes          the dispatch table
-    15  HTTP server     sockets to Request, Response to sockets
-    16  Demo target     a tiny OpenAI-compatible server for --demo and the tests
-    17  Command line    main, --check, signals, banner
+     9  Upstream        dial, send, read, pool; and the watch for clients that leave
+    10  Catalogue       what the target serves, under which names, with what metadata
+    11  Healing         what a target refused, and what to send instead
+    12  Operations      one short function per verb
+    13  Routes          the dispatch table
+    14  HTTP server     sockets to Request, Response to sockets
+    15  Demo target     a tiny OpenAI-compatible server for --demo and the tests
+    16  Command line    main, --check, signals, banner
 
-Endpoints (the dispatch table of room 14, tied to this list by a test):
+Endpoints (the dispatch table of room 13, tied to this list by a test):
 
     GET    /  /health  /api/version  /api/tags  /api/ps  /api/status
     GET    /api/experimental/model-recommendations  /v1/models  /v1/models/{id}
@@ -60,8 +59,10 @@ import argparse
 import base64
 import binascii
 import collections
-import errno
+import contextlib
+import email.utils
 import fnmatch
+import functools
 import hashlib
 import hmac
 import http.client
@@ -73,17 +74,15 @@ import os
 import random
 import re
 import select
-import selectors
 import signal
 import socket
 import struct
 import sys
 import threading
 import time
-import types
 import urllib.parse
 import zlib
-from typing import Any, Callable, Iterable, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 __version__ = "1.2.0"
 
@@ -91,7 +90,7 @@ __version__ = "1.2.0"
 # Room 1.  Constants: limits with their reasons, media types, ports
 # ----------------------------------------------------------------------------
 
-OLLAMA_VERSION = "0.33.0"        # the release whose contract rooms 5 and 13 follow
+OLLAMA_VERSION = "0.33.0"        # the release whose contract rooms 5 and 12 follow
 OLLAMA_PORT = 11434
 OPENAI_FACE_PORT = 4000          # where we listen when the target itself sits on 11434
 DEFAULT_TARGET = "http://localhost:1234"
@@ -469,34 +468,6 @@ def dump(value: Any) -> bytes:
         raise BadRequest(f"cannot be written as JSON: {error}") from None
 
 
-LONG_TEXT = 4096                        # characters from which a text is worth a way of its own
-_TEXT_MARK = f"long text {random.getrandbits(128):x} "      # no client can guess it
-_MARKED = re.compile(f'"{_TEXT_MARK}([0-9]+)"'.encode("ascii"))
-_CONTROLS = bytes(range(32)) + b"\x7f"
-
-
-def dump_long(value: Any) -> bytes:
-    """dump(), faster for documents that hold long texts, such as prompts and pictures."""
-    texts: list[bytes] = []
-    shortened = _without_long_texts(value, texts)
-    return _MARKED.sub(lambda found: texts[int(found[1])], dump(shortened)) if texts else dump(value)
-
-
-def _without_long_texts(value: Any, texts: list) -> Any:
-    """`value` with a mark in place of every long ASCII text, and the JSON of these in `texts`."""
-    if isinstance(value, dict):
-        return {key: _without_long_texts(item, texts) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_long_texts(item, texts) for item in value]
-    if isinstance(value, str) and len(value) >= LONG_TEXT and value.isascii():
-        data = value.encode("ascii").replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n") \
-            .replace(b"\r", b"\\r").replace(b"\t", b"\\t")
-        if not any(map(data.__contains__, _CONTROLS)):      # 33 searches are faster than one translate()
-            texts.append(b'"%b"' % data)
-            return f"{_TEXT_MARK}{len(texts) - 1}"
-    return value
-
-
 def json_depth(data: bytes) -> int:
     """How deep arrays and objects nest, up to MAX_JSON_DEPTH, strings left aside; broken JSON is no matter."""
     found = 0
@@ -639,57 +610,30 @@ class LineDecoder:
         return [rest] if rest else []
 
 
-SHORT_FRAME = 4096                      # bytes up to which a frame may be one that says a token and no more
-
-
 class FrameDecoder:
     """SSE frames or bare NDJSON lines to (event name, JSON value or None for [DONE]).
 
     Every data line is tried as JSON when it arrives, so a server that forgets the blank line costs no
     delay; lines that are no JSON alone are joined as the SSE standard says.  A body that is no stream
-    at all ends up in `stray`, for the caller to judge at the end.  What `known(line)` makes of a short
-    line, if anything, stands in place of its value.
+    at all ends up in `stray`, for the caller to judge at the end.
     """
 
-    def __init__(self, known: Callable = lambda line: None) -> None:
+    def __init__(self) -> None:
         self._lines = LineDecoder()
-        self._known = known
         self._event = ""
-        self._pending: list[bytes] = []
-        self._first = True
-        self._bare = False
+        self._pending: list[bytes] = []         # data lines of an event that are no JSON yet
+        self._bare = self._begun = False
         self.stray: list[bytes] = []
         self.fault: Optional[BadUpstreamPayload] = None     # to be raised once the frames before it are used
-
-    def feed(self, data: bytes) -> list[tuple]:
-        """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
-        frames: list[tuple] = []
-        if data[-2:] == b"\n\n" and data[:6] == b"data: " and self.idle and b"\r" not in data:
-            self._first = False
-            lines = data[:-2].split(b"\n\n")     # as nearly all servers write: a data line, a blank line
-            for at, line in enumerate(lines):
-                try:
-                    frames.append(("", self._value(line)))
-                except (ValueError, RecursionError):
-                    data = b"\n\n".join(lines[at:] + [b""])
-                    break
-            else:
-                return frames
-        return frames + self._frames(self._lines.feed(data))
-
-    def _value(self, line: bytes) -> Any:
-        """One data line that is a frame -> its value, None for [DONE].  Raises ValueError for any other line."""
-        if line == b"data: [DONE]":
-            return None
-        if line[:6] != b"data: " or line[-1:] != b"}" or b"\n" in line:
-            raise ValueError("not a data line with an object")
-        known = self._known(line[6:]) if len(line) < SHORT_FRAME else None
-        return load(line[6:]) if known is None else known
 
     @property
     def idle(self) -> bool:
         """Between two events."""
         return self._lines.idle and not self._pending and not self._event and not self._bare
+
+    def feed(self, data: bytes) -> list[tuple]:
+        """Returns the complete frames in `data`.  Raises BadUpstreamPayload."""
+        return self._frames(self._lines.feed(data))
 
     def close(self) -> list[tuple]:
         """Returns frames that lacked their final newline or blank line."""
@@ -697,71 +641,58 @@ class FrameDecoder:
 
     def _frames(self, lines: list[bytes]) -> list[tuple]:
         frames: list[tuple] = []
-        if self._first and any(lines):
-            self._first = False
-            at = next(at for at, line in enumerate(lines) if line)
-            if lines[at][:3] == b"\xef\xbb\xbf":
-                lines[at] = lines[at][3:]
         for line in lines:
-            if line[:5] == b"data:":
+            if not self._begun and line:
+                self._begun, line = True, line[3:] if line[:3] == b"\xef\xbb\xbf" else line
+            if line[:5] == b"data:" and not self._bare:
                 self._data(line[5:].strip(), frames)
             elif not line:
-                if self._pending and not self._bare:
+                if self._pending:
                     self.fault = BadUpstreamPayload("upstream sent an event that is not JSON: "
                                                     + one_line(b" ".join(self._pending)))
                     break
                 self._event = ""
-            elif line[:6] == b"event:":
-                self._event = str(line[6:].strip(), "utf-8", "replace")
-            elif line[:1] == b":" or line[:3] == b"id:" or line[:6] == b"retry:":
-                continue
-            elif self._bare or line.lstrip()[:1] in (b"{", b"["):
-                self._bare_line(line, frames)
             elif line.strip() == b"[DONE]":
                 frames.append(("", None))
-            elif len(self.stray) < 64:
+            elif self._bare or line.lstrip()[:1] in (b"{", b"["):
+                self._bare_line(line, frames)
+            elif line[:6] == b"event:":
+                self._event = str(line[6:].strip(), "utf-8", "replace")
+            elif not line.startswith((b":", b"id:", b"retry:")) and len(self.stray) < 64:
                 self.stray.append(line)
         return frames
 
     def _data(self, payload: bytes, frames: list) -> None:
         if payload == b"[DONE]":
             frames.append((self._event, None))
-            return
-        if not self._pending and payload[-1:] == b"}":
-            try:                        # a whole value in one line, as nearly always
-                frames.append((self._event, load(payload)))
-                return
-            except (ValueError, RecursionError):
-                pass
-        if payload or self._pending:
+        elif payload or self._pending:
             self._pending.append(payload)
             if len(self._pending) > 1000:
                 raise BadUpstreamPayload("upstream sent an event of more than 1000 lines")
-            if len(self._pending) > 1 and payload[-1:] not in (b"}", b"]"):
-                return
-            for candidate in ((payload,) if len(self._pending) == 1 else (b"\n".join(self._pending), payload)):
-                try:
-                    value = load(candidate)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(value, dict) or candidate is not payload or len(self._pending) == 1:
+            if len(self._pending) == 1 or payload[-1:] in (b"}", b"]"):
+                value = load_or_none(b"\n".join(self._pending))
+                if value is None and len(self._pending) > 1:
+                    value = as_dict(load_or_none(payload)) or None      # a line of its own after junk
+                if value is not None:
                     self._pending.clear()
                     frames.append((self._event, value))
-                    return
 
     def _bare_line(self, line: bytes, frames: list) -> None:
-        # An NDJSON line is whole; a printed JSON document is not, and is kept for the end.
+        """An NDJSON line is whole; a printed JSON document is not, and is kept for the end."""
         self._bare = True
-        if line.strip() == b"[DONE]":
-            frames.append(("", None))
-            return
-        if not self.stray:
-            try:
-                frames.append(("", load(line)))
-                return
-            except (ValueError, RecursionError):
-                pass
-        self.stray.append(line)
+        value = load_or_none(line) if not self.stray else None
+        if value is None:
+            self.stray.append(line)
+        else:
+            frames.append(("", value))
+
+
+def load_or_none(data: bytes) -> Any:
+    """load(), or None for what is no JSON (and for a null, which says nothing)."""
+    try:
+        return load(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def sse_frame(value: Any) -> bytes:
@@ -780,256 +711,95 @@ def http_chunk(data: bytes) -> bytes:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
-# By their length: CR LF, size line, CR LF -> how far it is from there to the next of these.
-_STRIDES: dict = {6: {}, 7: {}, 5: {}, 8: {}}
-_SIZES: dict = {}                       # size lines without CR LF -> size
+_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
+_CHUNK_LINE_BYTES = 4096
 
 
 class ChunkedDecoder:
-    """Takes chunked transfer coding off (RFC 9112 section 7.1), strictly: hexadecimal sizes only, CR LF
-    only.  `done` once the last chunk and its trailers were read; `rest` is what followed.  Raises
-    ValueError on anything else, and when `limit` bytes of content are exceeded.
+    """Takes chunked transfer coding off (RFC 9112 section 7.1), strictly: hexadecimal sizes, CR LF only.
 
-    With `framed` chunks come out as they came in, without the last one and its trailers.
-
-    It steps from the CR LF that ends one chunk to the one that ends the next, so that a step is one look
-    at what stands between two contents.
+    Reads from the CR LF that ends one chunk to the one that ends the next; the first chunk ends none.
+    `done` once the last chunk and its trailers were read; `rest` is what followed.  Raises ValueError on
+    anything else, and leaves what came before it in `salvaged`.
     """
 
-    _FEW = 16384
-
-    def __init__(self, limit: int = 1 << 62, framed: bool = False) -> None:
-        self._limit, self._framed = limit, framed
-        self._held = b"\r\n"            # understood only with what follows; the first chunk ends none
-        self._passed = 2                # bytes of it that came out already
-        self._skip = 0                  # content bytes before the next CR LF
-        self._understood = 0            # how far the data of this read made sense
-        self._trailers = False
-        self.content = 0                # bytes so far
+    def __init__(self, limit: int = 1 << 62) -> None:
+        self._limit = limit
+        self._left = 0                  # content bytes before the next CR LF
+        self._last = False              # the last chunk has come, its trailers not yet
+        self.content = 0
+        self.rest = b"\r\n"
         self.done = False
-        self.salvaged = b""             # what came before the fault, when feed() raises
-
-    @property
-    def rest(self) -> bytes:
-        return self._held
-
-    @property
-    def missing(self) -> int:
-        """As BodyDecoder.missing."""
-        if self.done or self._held not in (b"", b"\r\n"):
-            return -1
-        return 0 if self._held else self._skip + 2
+        self.salvaged = b""
 
     def feed(self, data: bytes) -> bytes:
         """Returns the content bytes in `data`."""
-        whole: list = []
-        if self._held == b"\r\n":       # between two chunks; what slow models send is one chunk at a time
-            line = data[:data.find(b"\n") + 1]
-            if _STRIDES.get(len(line) + 2, _STRIDES[6]).get(b"\r\n" + line) == len(data) and data.endswith(b"\r\n"):
-                self.content += len(data) - len(line) - 2
-                if self.content > self._limit:
-                    raise BodyTooLarge("body too large")
-                return data if self._framed else data[len(line):-2]
-            if not self._framed or len(data) < self._FEW:   # contents that nobody needs are cheap in small numbers
-                whole, data = self._whole_chunks(data)
-                if data == LAST_CHUNK and whole and self.content <= self._limit:
-                    self._held, self._trailers, self.done = b"", True, True
-                    return whole[0] if len(whole) == 1 else b"".join(whole)
-        start, at = 0, self._skip
-        if self._held:
-            data, start, self._held = self._held + data, self._passed, b""
-        self.content += min(at, len(data))
-        pieces = [data[:at]] if at and not self._framed else list(whole)
-        end = len(data)
-        try:
-            at = self._step(data, at, pieces)
-            self._skip = max(0, at - end)
-            if at < end:
-                self._passed = 2 if end - at > 1 else 0
-                self._held = data[at:]
-                end = at + self._passed
-            if self._trailers:
-                self._understood = end
-                self._finish()
-        except ValueError:
-            self.salvaged = b"".join(whole + [data[start:self._understood]] if self._framed else pieces)
-            raise
-        if self.content > self._limit:
-            raise BodyTooLarge("body too large")
-        if self._framed:
-            return whole[0] + data[start:end] if whole else data[start:end]
+        data, at = self.rest + data, self._left
+        pieces = [data[:at]] if at else []
+        while at < len(data) and not self._last:
+            line = _CHUNK.match(data, at)
+            if line is None:
+                self._expect(data[at:], pieces, b"\r\n")
+                break
+            size, begin = int(line[1], 16), line.end()
+            self.content += size
+            if self.content > self._limit:
+                raise BodyTooLarge("body too large")
+            self._last, at = not size, begin + size
+            pieces.append(data[begin:at])
+        self._left, self.rest = max(0, at - len(data)), data[at:]
+        if self._last and not self._left:
+            end = _TRAILERS.match(self.rest)
+            if end is not None:
+                self.done, self.rest = True, self.rest[end.end():]
+            else:
+                self._expect(self.rest, pieces, b"")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _whole_chunks(self, data: bytes) -> tuple[list, bytes]:
-        """Whole chunks at the beginning of `data` -> (contents, or one piece of all of them with `framed`; what is
-        left).  Guesses that no content holds CR LF; sizes that fit the lengths prove it, chunk by chunk."""
-        parts = data.split(b"\r\n")
-        count = len(parts) - 1 >> 1
-        if parts[-3:] == [b"0", b"", b""]:
-            count -= 1
-        contents = parts[1:2 * count:2]
-        sizes = list(map(len, contents))
-        if not contents or list(map(_SIZES.get, parts[0:2 * count:2])) != sizes:
-            return [], data
-        self.content += sum(sizes)
-        rest = b"\r\n".join(parts[2 * count:])
-        return ([data[:len(data) - len(rest)]] if self._framed else contents), rest
+    def _expect(self, held: bytes, pieces: list, before: bytes) -> None:
+        """Raises ValueError unless `held` may be the beginning of a size line or of trailers."""
+        if len(held) > _CHUNK_LINE_BYTES or not (held.startswith(before) or before.startswith(held)) \
+                or (before and b"\n" in held[2:]) or (not before and not _TRAILER_BEGUN.fullmatch(held)):
+            self.salvaged = b"".join(pieces)
+            raise ValueError("chunk longer than its size, malformed size or trailer")
 
-    def _step(self, data: bytes, at: int, pieces: list) -> int:
-        """Goes through `data`; returns where the next CR LF is, or was not understood yet."""
-        end, first, width = len(data), at, 6
-        while at < end and not self._trailers:
-            begun, steps, strides = at, 0, _STRIDES[width]
-            try:                        # up to the first size line of another width, or one that is not known
-                if self._framed:
-                    for steps in itertools.count():
-                        at += strides[data[at:at + width]]
-                for steps in itertools.count():
-                    stride = strides[data[at:at + width]]
-                    pieces.append(data[at + width:at + stride])
-                    at += stride
-            except KeyError:
-                self.content += at - begun - steps * width
-            if at >= end or data[at:] == b"\r\n":
-                break
-            self._understood = at
-            width = next((width for width, known in _STRIDES.items() if data[at:at + width] in known), 0)
-            if not width:
-                width, stride = self._read_size(data, at)
-                if not width:
-                    break
-                self.content += stride - width
-                if not self._framed:
-                    pieces.append(data[at + width:at + stride])
-                at += stride
-                width = width if width in _STRIDES else 6
-        if at > max(end, first):        # the last chunk was counted whole
-            self.content -= at - end
-        return at
 
-    def _read_size(self, data: bytes, at: int) -> tuple[int, int]:
-        """(width, stride) of an unknown size line, (0, 0) for one that is not there as a whole, or the last."""
-        stop = data.find(b"\n", at + 2)
-        if not b"\r\n".startswith(data[at:at + 2]):
-            raise ValueError("chunk longer than its size")
-        if stop < 0:
-            if len(data) - at > 4096:
-                raise ValueError("chunk size line too long")
-            return 0, 0
-        if data[stop - 1:stop] != b"\r":
-            raise ValueError("bare line feed in chunked coding")
-        match = _CHUNK_SIZE.fullmatch(data, at + 2, stop - 1)
-        if not match:
-            raise ValueError("malformed chunk size")
-        size, width = int(match[1], 16), stop + 1 - at
-        if not size:
-            self._trailers = True
-            return 0, 0
-        if width in _STRIDES and len(_STRIDES[width]) < 4096:
-            _STRIDES[width][data[at:stop + 1]] = width + size
-            _SIZES[data[at + 2:stop - 1]] = size
-        return width, width + size
-
-    def _finish(self) -> None:
-        """The last chunk has come: reads its trailers, in `_held`, up to the empty line that ends them."""
-        data = self._held
-        at = data.find(b"\n", 2) + 1    # behind the size line
-        while True:
-            stop = data.find(b"\n", at)
-            if stop < 0:
-                if len(data) > 4096:
-                    raise ValueError("trailers too long")
-                return
-            line, at = data[at:stop], stop + 1
-            if line == b"\r":
-                self.done, self._held = True, data[at:]
-                return
-            if line[-1:] != b"\r" or not _TRAILER.fullmatch(line[:-1]):
-                raise ValueError("malformed trailer")
+_TRAILER_BEGUN = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*(?:[^\r\n]*\r?)")
 
 
 class BodyTooLarge(ValueError):
     """A chunked body grew beyond its limit."""
 
 
-class BodyDecoder:
-    """Takes framing and content coding off an upstream's answer: bytes from the socket in, body out.
+def inflater(coding: str) -> Optional[Callable]:
+    """What takes a content coding off an answer, piece by piece; None when there is none.
 
-    `length` None with `chunked` False means "until the connection closes" (RFC 9112 section 6.3).
+    Raises BadUpstreamPayload for a coding that was not asked for.
     """
-
-    def __init__(self, length: Optional[int], chunked: bool, coding: str = "") -> None:
-        self._left = length
-        self._chunks = ChunkedDecoder() if chunked else None
-        self._plain = not coding
-        self._inflate = zlib.decompressobj(31) if coding in ("gzip", "x-gzip") else None
-        self._deflate = b"" if coding == "deflate" else None    # bytes held until its flavour is known
-        self.done = length == 0 and not chunked
-        self.clean = True               # nothing followed the body: the connection may be used again
-        self.broken: Optional[BadUpstreamPayload] = None    # to be raised once what came before it is used
-
-    def feed(self, data: bytes) -> bytes:
-        """Returns body bytes; sets `broken` when the framing is, and raises that if called again.
-
-        Raises BadUpstreamPayload on broken compression.
-        """
-        if self.broken is not None:
-            raise self.broken
-        if self.done:
-            self.clean = self.clean and not data
-            return b""
-        if self._chunks is not None:
-            try:
-                data = self._chunks.feed(data)
-            except ValueError as error:
-                self.broken = BadUpstreamPayload(f"upstream broke its chunked coding: {error}")
-                data = self._chunks.salvaged
-            if self._chunks.done:
-                self.done = True
-                self.clean = not self._chunks.rest
-        elif self._left is not None:
-            if len(data) > self._left:
-                data, self.clean = data[:self._left], False
-            self._left -= len(data)
-            self.done = self._left == 0
-        return self._decompress(data) if self._inflate or self._deflate is not None else data
-
-    @property
-    def missing(self) -> int:
-        """How many bytes of the socket are left of a chunk that was begun, 0 between two; -1 if that cannot be told."""
-        return self._chunks.missing if self._chunks is not None and self._plain else -1
-
-    def keep_chunks(self) -> Optional[ChunkedDecoder]:
-        """From now on feed() returns chunks for the next hop instead of content, where that saves work."""
-        if self._chunks is not None and self._plain:
-            self._chunks = ChunkedDecoder(framed=True)
-            return self._chunks
+    if coding in ("", "identity"):
         return None
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadUpstreamPayload(f"upstream compressed its answer as {one_line(coding, 40)}, which was not asked for")
+    inflate: Any = zlib.decompressobj(31) if coding != "deflate" else None
+    head = b""
 
-    def close(self) -> None:
-        """The connection ended.  Raises StreamTruncated unless that is how this body ends."""
-        if not self.done and (self._chunks is not None or self._left is not None):
-            raise StreamTruncated("upstream closed the connection in the middle of its answer")
-        self.done, self.clean = True, False
-
-    def _decompress(self, data: bytes) -> bytes:
-        if self._deflate is not None:
-            # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2).
-            data = self._deflate + data
-            self._deflate = data if len(data) < 2 else None
-            if self._deflate is not None:
+    def step(data: bytes) -> bytes:
+        nonlocal inflate, head
+        if inflate is None:             # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2)
+            data = head = head + data
+            if len(data) < 2:
                 return b""
-            is_zlib = data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
-            self._inflate = zlib.decompressobj(15 if is_zlib else -15)
+            inflate = zlib.decompressobj(15 if data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0 else -15)
         try:
-            data = self._inflate.decompress(data, MAX_INFLATED)
+            data = inflate.decompress(data, MAX_INFLATED)
         except zlib.error:
             raise BadUpstreamPayload("upstream sent a broken compressed body") from None
-        if self._inflate.unconsumed_tail:
+        if inflate.unconsumed_tail:
             raise BadUpstreamPayload("upstream sent a compressed body that expands beyond reason")
         return data
+
+    return step
 
 
 def one_line(text: Any, limit: int = 500) -> str:
@@ -1129,118 +899,6 @@ def parse_arguments(value: Any) -> Optional[dict]:
         if text[end:].strip():
             return None
     return None
-
-
-# What think tags are called; a model opens one of them before its first word, or not at all.
-THINK_TAGS = ("think", "thinking", "thought")
-_CLOSERS = tuple(f"</{tag}>" for tag in THINK_TAGS)
-
-
-class ThinkTags:
-    """Splits reasoning in inline tags off the start of an answer, wherever the text is cut.
-
-    Tags count only as the very first thing (upstreams rule 58).  With `opened` the answer begins inside
-    the tag, as templates that write the opening tag themselves leave it (rule 59).
-    """
-
-    def __init__(self, opened: bool = False) -> None:
-        self._held = ""
-        self._state = "inside" if opened else "start"
-        self._spoke = False
-
-    @property
-    def done(self) -> bool:
-        """Nothing is held back and nothing will be: text may pass by."""
-        return self._state == "plain"
-
-    @property
-    def closed(self) -> bool:
-        """The reasoning has ended, or there was none."""
-        return self._state not in ("inside",)
-
-    def feed(self, text: str) -> list:
-        """Returns ThinkingDelta and TextDelta events for what is certain."""
-        self._held += text
-        events: list = []
-        if self._state == "start":
-            self._start()
-        if self._state == "inside":
-            self._inside(events)
-        if self._state == "after":              # white space between the tag and the answer
-            self._held = self._held.lstrip()
-            if self._held:
-                self._state = "plain"
-        if self._state == "plain" and self._held:
-            events.append(TextDelta(self._held))
-            self._held = ""
-        return events
-
-    def close(self) -> list:
-        """Returns what was held back when the answer ends or another field takes over."""
-        held, self._held = self._held, ""
-        state, self._state = self._state, "plain"
-        if state == "inside":
-            return [ThinkingDelta(held.rstrip())] if held.strip() else []
-        return [TextDelta(held)] if held and state != "after" else []
-
-    def _start(self) -> None:
-        begun = self._held.lstrip()
-        for tag in THINK_TAGS:
-            opener = f"<{tag}>"
-            if begun.startswith(opener):
-                self._held, self._state = begun[len(opener):], "inside"
-                return
-            if opener.startswith(begun):        # also when there was only white space
-                return
-        self._state = "plain"
-
-    def _inside(self, events: list) -> None:
-        if not self._spoke:
-            self._held = self._held.lstrip()
-        ends = [(self._held.find(closer), closer) for closer in _CLOSERS if closer in self._held]
-        if ends:
-            at, closer = min(ends)
-            thinking, self._held = self._held[:at].rstrip(), self._held[at + len(closer):]
-            self._state = "after"
-        else:
-            keep = len(self._held.rstrip())     # trailing space and half a closing tag may be dropped yet
-            cut = self._held.rfind("<", max(0, keep - 12), keep)
-            if cut >= 0 and any(closer.startswith(self._held[cut:keep]) for closer in _CLOSERS):
-                keep = len(self._held[:cut].rstrip())
-            thinking, self._held = self._held[:keep], self._held[keep:]
-        if thinking:
-            self._spoke = True
-            events.append(ThinkingDelta(thinking))
-
-
-class Prefill:
-    """Takes the text of a trailing assistant message off the answer of a server that repeats it
-    (llama.cpp); an answer that does not begin with it passes whole."""
-
-    def __init__(self, text: str) -> None:
-        self._expected = text
-        self._held = ""
-
-    @property
-    def done(self) -> bool:
-        return not self._expected
-
-    def feed(self, text: str) -> str:
-        """Returns the text that is certainly new."""
-        if not self._expected:
-            return text
-        self._held += text
-        if self._held.startswith(self._expected):
-            text, self._held, self._expected = self._held[len(self._expected):], "", ""
-            return text
-        if self._expected.startswith(self._held):
-            return ""
-        return self.close()
-
-    def close(self) -> str:
-        """Returns what was held back; nothing more will be."""
-        text, self._held, self._expected = self._held, "", ""
-        return text
 
 
 def schema_of(parameters: Any) -> dict:
@@ -1810,13 +1468,10 @@ def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: 
 class OllamaDecoder:
     """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
 
-    begins_inside: Optional[bool] = None        # an Ollama splits reasoning off by itself
     frame_end = b"\n"
-    text_keys = (b'"content":', b'"response":')
-    stamp_key = b'"created_at":'                # a string without escapes, other in each line
+    stamp = re.compile(rb'"created_at":"[^"\\\x00-\x1f]*"')     # other in each line
 
-    def __init__(self, call: ChatCall, opened: bool = False) -> None:
-        del opened
+    def __init__(self, call: ChatCall) -> None:
         self._lines = LineDecoder()
         self._call = call
         self.done = False
@@ -1830,19 +1485,9 @@ class OllamaDecoder:
         """Nothing is pending: a content line is just its text (the shortcut of room 7 asks)."""
         return not self.done and self._call.logprobs is None and self._lines.idle
 
-    @staticmethod
-    def text_of(frame: bytes) -> Any:
-        """The text of one line, None when it is anything more."""
-        try:
-            answer = as_dict(load(frame))
-        except ValueError:
-            return None
-        if set(answer) - {"model", "created_at", "message", "response", "done"} or answer.get("done"):
-            return None
-        message = answer.get("message")
-        if message is None:
-            return answer.get("response")
-        return message.get("content") if as_dict(message).keys() <= {"role", "content"} else None
+    @property
+    def between(self) -> bool:
+        return self._lines.idle
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete lines."""
@@ -1929,48 +1574,35 @@ class OllamaEncoder:
         self._first = 0                 # when the first delta was encoded
         self._deltas = 0
         self._answer: Optional[list] = [] if call.conversation is not None else None
-        self._stamp = b""
-        self._head = b'{"model":%b,"created_at":"' % encode_text(call.model).encode("ascii")
-        self._before_text, self._end = ((b'","response":', b"") if call.face == "generate"
-                                       else (b'","message":{"role":"assistant","content":', b"}"))
-        self._after_text = self._end + b',"done":false}\n'
+        self._stamp = ""
 
     def tick(self) -> None:
         """A new batch of events begins: one timestamp serves them all."""
-        self._stamp = self._clock.stamp()
-
-    def count(self, deltas: int) -> None:
-        """Deltas went by that are part of the estimates."""
-        if not self._deltas:
-            self._first = self._clock.now()
-        self._deltas += deltas
+        self._stamp = self._clock.stamp().decode()
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
-        self.count(len(texts))
+        self._count(len(texts))
         if self._answer is not None:
             self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
-        self._stamp = self._clock.stamp()
-        return b'%b%b%b"' % (self._head, self._stamp, self._before_text), b'"' + self._after_text
+        self.tick()
+        before, _, after = ndjson_line(self._object("\x01")).rpartition(b"\\u0001")
+        return before, after
 
     def encode(self, event: Any) -> bytes:
-        """Returns one line, or nothing."""
-        if isinstance(event, TextDelta):
-            self.count(1)
-            if self._answer is not None:
-                self._answer.append(event.text)
-            if event.logprobs:
-                return self._line(event.text, b"", b',"logprobs":%b,"done":false}\n' % dump(event.logprobs))
-            return self._line(event.text)
-        if isinstance(event, ThinkingDelta):
-            self.count(1)
-            return self._line("", b',"thinking":%b' % encode_text(event.text).encode("ascii"))
-        if isinstance(event, ToolCalls):
-            self.count(len(event.calls))
-            return self._line("", b',"tool_calls":%b' % dump(ollama_calls(event.calls)))
+        """Returns one line."""
+        if isinstance(event, Failure):
+            return self.error(event.error)
         if isinstance(event, Finish):
-            return self._line("", b"", self._last(event) + b"}\n")
-        return self.error(event.error)
+            return ndjson_line({**self._object(), **self._last(event)})
+        self._count(len(event.calls) if isinstance(event, ToolCalls) else 1)
+        if isinstance(event, ThinkingDelta):
+            return ndjson_line(self._object(thinking=event.text))
+        if isinstance(event, ToolCalls):
+            return ndjson_line(self._object(tool_calls=ollama_calls(event.calls)))
+        if self._answer is not None:
+            self._answer.append(event.text)
+        return ndjson_line({**self._object(event.text), **({"logprobs": event.logprobs} if event.logprobs else {})})
 
     def error(self, error: ProxyError) -> bytes:
         """The in-band error line; nothing follows it."""
@@ -1982,29 +1614,32 @@ class OllamaEncoder:
         if self._answer is not None:
             self._answer.append(content)
         self._deltas = max(1, (len(content) + len(thinking)) // 4)
-        beside = b',"thinking":%b' % encode_text(thinking).encode("ascii") if thinking else b""
-        if calls:
-            beside += b',"tool_calls":%b' % dump(ollama_calls(calls))
         self.tick()
-        return self._line(content, beside, self._last(finish) + (b',"logprobs":%b}' % dump(logprobs) if logprobs else b"}"))
+        beside = {key: value for key, value in (("thinking", thinking), ("tool_calls", ollama_calls(calls))) if value}
+        return dump({**self._object(content, **beside), **self._last(finish), **({"logprobs": logprobs} if logprobs else {})})
 
-    def _line(self, text: str, beside: bytes = b"", last: bytes = b',"done":false}\n') -> bytes:
-        """One object: `text`, what stands `beside` it in the message, and what comes after that."""
-        return b"%b%b%b%b%b%b%b" % (self._head, self._stamp, self._before_text, encode_text(text).encode("ascii"), beside,
-                                    self._end, last)
+    def _count(self, deltas: int) -> None:
+        """Deltas that are part of the estimates."""
+        self._first = self._first or self._clock.now()
+        self._deltas += deltas
 
-    def _last(self, finish: Finish) -> bytes:
-        """done, done_reason, context and the six metrics; every duration is at least 1 ns."""
+    def _object(self, text: str = "", **beside: Any) -> dict:
+        """One object: `text` and what stands `beside` it."""
+        said = {"response": text, **beside} if self._call.face == "generate" \
+            else {"message": {"role": "assistant", "content": text, **beside}}
+        return {"model": self._call.model, "created_at": self._stamp, **said, "done": False}
+
+    def _last(self, finish: Finish) -> dict:
+        """done, done_reason, context and the six metrics, each at least 1 (durations in ns)."""
         usage, now = finish.usage, self._clock.now()
         first = self._first or self._sent
-        context = b"" if self._answer is None else b',"context":%b' % dump(
-            pack_context(self._call.conversation, "".join(self._answer)))
-        return (b',"done":true,"done_reason":"%b"%b,"total_duration":%d,"load_duration":%d,"prompt_eval_count":%d,'
-                b'"prompt_eval_duration":%d,"eval_count":%d,"eval_duration":%d') % (
-            b"length" if finish.reason == "length" else b"stop", context,
-            max(1, now - self._started), max(1, usage.load_ns or self._sent - self._started),
-            max(1, usage.prompt_tokens or self._call.prompt_bytes() // 4), max(1, usage.prompt_ns or first - self._sent),
-            max(1, usage.completion_tokens or self._deltas), max(1, usage.completion_ns or now - first))
+        context = {} if self._answer is None else {"context": pack_context(self._call.conversation, "".join(self._answer))}
+        metrics = {"total_duration": now - self._started, "load_duration": usage.load_ns or self._sent - self._started,
+                   "prompt_eval_count": usage.prompt_tokens or self._call.prompt_bytes() // 4,
+                   "prompt_eval_duration": usage.prompt_ns or first - self._sent,
+                   "eval_count": usage.completion_tokens or self._deltas, "eval_duration": usage.completion_ns or now - first}
+        return {"done": True, "done_reason": "length" if finish.reason == "length" else "stop", **context,
+                **{name: max(1, value) for name, value in metrics.items()}}
 
 
 def ollama_calls(calls: Iterable) -> list:
@@ -2222,82 +1857,64 @@ def parse_openai_embed(body: dict, legacy: bool = False) -> EmbedCall:
 
 
 def tie_results(messages: tuple) -> tuple:
-    """A valid history from any history: every call has an id of its own and exactly one result, every
-    result a call (clients rule 5).
+    """A valid history from any history: every call has an id of its own and exactly one result right behind it,
+    every result a call (clients rule 5).
 
-    Results are tied by id, else by an id that stands where the name belongs, else by name, else by
-    order.  A call nobody answered gets an empty result; a result whose call was cut off gets its call back.
+    Results are tied by id, else by an id that stands where the name belongs, else by name, else by order.  A call
+    nobody answered in time gets an empty result; a result whose call was cut off, or that comes late, gets its call back.
     """
     if not any(message.tool_calls or message.role == "tool" for message in messages):
         return messages
     turns: list = []
-    # [id as sent, id as used, name, place of its result in turns or None], and a fifth item while that
-    # place is only held.
-    waiting: list = []
+    waiting: list = []              # (id as sent, call) of the calls that have no result yet
     seen: set = set()
+    names: dict = {}                # id as sent -> function, for results that come late
+
+    def renamed(call: ToolCall, *seed: Any) -> ToolCall:
+        used = call.id if call.id and call.id not in seen else call_id(*seed)
+        seen.add(used)
+        return call._replace(id=used)
+
+    def answer(call: ToolCall, result: Message = Message("tool")) -> None:
+        turns.append(result._replace(tool_call_id=call.id, tool_name=call.name))
 
     def settle() -> None:           # another turn begins: whoever still waits is answered for
-        for entry in waiting:
-            if entry[3] is None:
-                entry[3] = len(turns)
-                entry.append("missing")
-                turns.append(Message("tool", "", tool_call_id=entry[1], tool_name=entry[2]))
+        for _, call in waiting:
+            answer(call)
+        waiting.clear()
 
     for number, message in enumerate(messages):
         if message.role == "tool":
-            entry = _waiting_call(waiting, message)
-            if entry is None:
-                new, name = message.tool_call_id, message.tool_name or "unknown"
-                if not new or new in seen:
-                    new = call_id(number, name, message.content)
-                seen.add(new)
+            found = _waiting_call(waiting, message)
+            if found is None:
                 settle()
-                turns.append(Message("assistant", tool_calls=(ToolCall(new, name, {}),)))
-                entry = [message.tool_call_id, new, name, None]
-                waiting = held_places(waiting) + [entry]
-            result = message._replace(tool_call_id=entry[1], tool_name=entry[2])
-            if entry[3] is None:
-                entry[3] = len(turns)
-                turns.append(result)
-            else:                   # its place was held
-                turns[entry[3]] = result
-                entry.pop()
+                name = message.tool_name or names.get(message.tool_call_id, "unknown")
+                call = renamed(ToolCall(message.tool_call_id, name, {}), number, message.content)
+                turns.append(Message("assistant", tool_calls=(call,)))
+            else:
+                waiting.remove(found)
+                call = found[1]
+            answer(call, message)
             continue
         settle()
-        if message.tool_calls:
-            calls = []
-            waiting = held_places(waiting)
-            for at, call in enumerate(message.tool_calls):
-                used = call.id
-                if not used or used in seen:
-                    used = call_id(number, at, call.name)
-                seen.add(used)
-                calls.append(call._replace(id=used))
-                waiting.append([call.id, used, call.name, None])
-            message = message._replace(tool_calls=tuple(calls))
-        turns.append(message)
+        calls = tuple(renamed(call, number, at, call.name) for at, call in enumerate(message.tool_calls))
+        waiting += zip([call.id for call in message.tool_calls], calls)
+        names.update((call.id, call.name) for call in message.tool_calls)
+        turns.append(message._replace(tool_calls=calls))
     settle()
     return tuple(turns)
 
 
-def held_places(waiting: list) -> list:
-    """Calls whose results may still come late; only the latest, or a long history costs its square."""
-    return [entry for entry in waiting[-256:] if len(entry) > 4]
-
-
-def _waiting_call(waiting: list, result: Message) -> Optional[list]:
-    """The call that `result` answers: one that is open, or whose place was held for it."""
-    free = [entry for entry in waiting if entry[3] is None or len(entry) > 4]
+def _waiting_call(waiting: list, result: Message) -> Optional[tuple]:
+    """The open call that `result` answers."""
     for key in (result.tool_call_id, result.tool_name):
-        for entry in free:
-            if key and key in (entry[0], entry[1]):
+        for entry in waiting:
+            if key and key in (entry[0], entry[1].id):
                 return entry
-    for entry in free:
-        if result.tool_name and result.tool_name == entry[2]:
+    for entry in waiting:
+        if result.tool_name in ("", entry[1].name):
             return entry
-    unnamed = not result.tool_name or not any(entry[2] == result.tool_name for entry in waiting)
-    still_open = [entry for entry in free if entry[3] is None]
-    return still_open[0] if still_open and unnamed else None
+    return waiting[0] if waiting and result.tool_call_id and not result.tool_name else None
 
 
 def render_openai_message(message: Message, habits: Habits) -> list[dict]:
@@ -2587,58 +2204,6 @@ def merge_details(details: list, pieces: Any) -> None:
             details.append(dict(piece))
 
 
-# A frame that carries a text, a finish reason or neither, and nothing that would have to be looked at.
-_SCALAR = rb'"(?:id|object|created|model|system_fingerprint|service_tier|provider|obfuscation)": ?' \
-          rb'(?:"[^"\\\x00-\x1f]*"|0|[1-9][0-9]{0,17}|null)'
-_SIMPLE_FRAME = re.compile(
-    rb'\{(?:%b, ?)*"choices": ?\[\{(?P<early>"finish_reason": ?(?:null|"(?P<reason>stop|length)"), ?)?"index": ?0, ?'
-    rb'"delta": ?\{(?:"role": ?"assistant"(?:, ?(?=")|(?=\})))?'
-    rb'(?:"content": ?(?:null|"(?P<text>[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"))?\}'
-    rb'(?:, ?"logprobs": ?null)?(?(early)|, ?"finish_reason": ?(?:null|"(?P<later>stop|length)"))\}\]'
-    rb'(?:, ?(?:%b|"usage": ?null))*\}' % (_SCALAR, _SCALAR))
-
-
-class SimpleFrame(NamedTuple):
-    """What a frame of that kind says."""
-
-    text: str
-    reason: str
-
-
-_OPENINGS: set = set()                  # what stands before "choices" in simple frames, the same for a whole stream
-_ENDINGS: dict = {}                     # and from there on, the same in many streams -> SimpleFrame
-
-
-def simple_frame(line: bytes) -> Optional[SimpleFrame]:
-    """A frame that is a text or a finish reason without looking at it as JSON; None for any other."""
-    at = line.find(b'"choices":[')
-    opening, ending = line[:at], line[at:]
-    if opening in _OPENINGS and ending in _ENDINGS:
-        return _ENDINGS[ending]
-    found = _read_simple_frame(line)
-    if found is not None and at > 0 and len(ending) < 128:
-        for known in (_OPENINGS, _ENDINGS):
-            if len(known) >= 2048:
-                known.clear()
-        _OPENINGS.add(opening)
-        _ENDINGS[ending] = found
-    return found
-
-
-def _read_simple_frame(line: bytes) -> Optional[SimpleFrame]:
-    match = _SIMPLE_FRAME.fullmatch(line)
-    if match is None:
-        return None
-    text = match["text"] or b""
-    try:
-        said = str(text, "utf-8", "replace")
-        if b"\\" in text:
-            said = _decode_json(f'"{said}"')
-    except ValueError:
-        return None
-    return SimpleFrame(said, str(match["reason"] or match["later"] or b"", "ascii"))
-
-
 _COUNTED = frozenset(("usage", "timings", "x_groq"))
 _PLAIN_DELTA = frozenset(("role", "content"))
 
@@ -2650,13 +2215,8 @@ class OpenAIDecoder:
     `opened` says that this model's answers begin inside a think tag.
     """
 
-    def __init__(self, call: ChatCall, opened: bool = False) -> None:
-        self._frames = FrameDecoder(simple_frame)
-        self._tags: Optional[ThinkTags] = ThinkTags(opened)
-        last = call.messages[-1] if call.messages else None
-        self._prefill: Optional[Prefill] = None
-        if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
-            self._prefill = Prefill(last.content)
+    def __init__(self, call: ChatCall) -> None:
+        self._frames = FrameDecoder()
         self._tools = ToolAssembler()
         self._thinking: list[str] = []
         self._details: list = []
@@ -2665,38 +2225,18 @@ class OpenAIDecoder:
         self._reason = ""
         self._any = False               # something came that was an answer
         self._alternatives = call.logprobs
-        self.done = False
-        self._opened = opened
-        # True when a whole answer had only a closing tag, False when one that should have had none.
-        self.begins_inside: Optional[bool] = None
-
+        self.done = self.whole = False
     frame_end = b"\n\n"
-    text_keys = (b'"content":', b'"content": ', b'"text":', b'"text": ')
-    stamp_key = b""
+    stamp = re.compile(rb"(?!)")
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
-        return self._tags is None and self._prefill is None and self._alternatives is None \
-            and not self.done and not self._reason and self._frames.idle
+        return self._alternatives is None and not self.done and not self._reason and self._frames.idle
 
-    @staticmethod
-    def text_of(frame: bytes) -> Any:
-        """The text of one frame, None when it is anything more."""
-        try:
-            value = load(frame[5:]) if frame[:5] == b"data:" and b"\n" not in frame[:-2] else None
-            choice, = value["choices"]
-        except (ValueError, TypeError, KeyError):
-            return None
-        if choice.get("index") or choice.get("finish_reason") or value.get("usage") or value.get("error") \
-                or value.get("timings") or value.get("x_groq") or choice.get("logprobs") or choice.get("usage"):
-            return None
-        delta = choice.get("delta")
-        if delta is None:
-            return choice.get("text") if "message" not in choice else None
-        if any(value for key, value in as_dict(delta).items() if key not in ("role", "content")):
-            return None
-        return as_dict(delta).get("content")
+    @property
+    def between(self) -> bool:
+        return self._frames.idle
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete frames.  A Failure or Finish is the last one, ever."""
@@ -2718,10 +2258,7 @@ class OpenAIDecoder:
 
     def decode_body(self, answer: Any) -> list:
         """A whole answer instead of a stream -> all events."""
-        events = self._plain_body(answer)
-        if events:
-            self.done = True
-            return events
+        events: list = []
         try:
             self._frame("", answer, events, whole=True)
             if not self.done and not self._any and not self._reason:
@@ -2732,24 +2269,6 @@ class OpenAIDecoder:
             self._finish(events)
         return events
 
-    def _plain_body(self, answer: Any) -> list:
-        """decode_body() for a text and nothing else, as most answers are; no events for any other."""
-        try:
-            choice, = answer["choices"]
-            message, reason, usage = choice["message"], choice["finish_reason"], answer["usage"]
-            text, counted = message["content"], usage["completion_tokens"]
-        except (KeyError, TypeError, ValueError):
-            return []
-        if type(text) is str and text and text.lstrip()[:1] != "<" and "</" not in text \
-                and reason in ("stop", "length") and type(counted) is int and 0 < counted < 1 << 62 \
-                and choice.get("index") in (0, None) and not choice.get("delta") and not choice.get("usage") \
-                and not answer.get("error") and "x_groq" not in answer and answer.get("object") != "error" \
-                and self._alternatives is None and self._prefill is None and not self._opened \
-                and (len(message) == 2 and "role" in message
-                     or not any(value for key, value in message.items() if key not in _PLAIN_DELTA)):
-            return [TextDelta(text), Finish(reason, read_usage(usage, as_dict(answer.get("timings"))))]
-        return []
-
     def _run(self, take: Callable, *data: bytes) -> list:
         events: list = []
         if self.done:
@@ -2758,12 +2277,7 @@ class OpenAIDecoder:
             for event, value in take(*data):
                 if self.done:
                     break
-                if type(value) is SimpleFrame:
-                    self._any = True
-                    if value.text:
-                        self._say(value.text, None, events, False)
-                    self._reason = value.reason or self._reason
-                elif value is None:
+                if value is None:
                     self._finish(events)
                 else:
                     self._frame(event, value, events)
@@ -2803,7 +2317,8 @@ class OpenAIDecoder:
         for choice in as_list(value.get("choices")):
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 is_whole = whole or ("message" in choice and "delta" not in choice)
-                self._choice(choice, events, is_whole)
+                self.whole = is_whole
+                self._choice(choice, events)
                 if is_whole and value.get("object") != "chat.completion.chunk" and not self._reason:
                     self._reason = "stop"       # a whole answer needs no reason to be one
 
@@ -2811,15 +2326,15 @@ class OpenAIDecoder:
         if isinstance(usage, dict) and any(as_count(number) for number in usage.values()):
             self._usage = usage
 
-    def _choice(self, choice: dict, events: list, whole: bool) -> None:
+    def _choice(self, choice: dict, events: list) -> None:
         self._any = True
         delta = as_dict(choice.get("delta")) or as_dict(choice.get("message"))
         content = delta.get("content")
         if delta.keys() <= _PLAIN_DELTA and type(content) is str:
             if content:
-                self._say(content, read_logprobs(choice.get("logprobs"), self._alternatives), events, whole)
+                events.append(TextDelta(content, read_logprobs(choice.get("logprobs"), self._alternatives)))
         else:
-            self._rich_choice(choice, delta, events, whole)
+            self._rich_choice(choice, delta, events)
         if "usage" in choice:
             self._take_usage(choice["usage"])
         reason = as_text(choice.get("finish_reason"))
@@ -2828,7 +2343,7 @@ class OpenAIDecoder:
                 raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
             self._reason = reason
 
-    def _rich_choice(self, choice: dict, delta: dict, events: list, whole: bool) -> None:
+    def _rich_choice(self, choice: dict, delta: dict, events: list) -> None:
         """Everything that may stand beside, or instead of, a string of content."""
         thinking = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
         details = delta.get("reasoning_details")
@@ -2846,56 +2361,18 @@ class OpenAIDecoder:
             content = "".join(text for text, _, _ in parts)
             thinking = thinking or "".join(inner for _, _, inner in parts)
         if thinking:
-            self._think(thinking, events)
+            self._thinking.append(thinking)
+            events.append(ThinkingDelta(thinking))
         text = as_text(content) or as_text(delta.get("refusal"))
         if text:
-            self._say(text, read_logprobs(choice.get("logprobs"), self._alternatives), events, whole)
+            events.append(TextDelta(text, read_logprobs(choice.get("logprobs"), self._alternatives)))
         self._tools.add(delta.get("tool_calls"))
         if isinstance(delta.get("function_call"), dict):
             self._tools.add([{"index": 0, "function": delta["function_call"]}])
         if isinstance(delta.get("extra_content"), dict):
             self._tools.attach({"extra_content": delta["extra_content"]})
 
-    def _think(self, thinking: str, events: list) -> None:
-        if self._tags is not None:      # a server that splits reasoning off leaves no tags in the text
-            events += self._tags.close()
-            self._tags = None
-        self._thinking.append(thinking)
-        events.append(ThinkingDelta(thinking))
-
-    def _say(self, text: str, logprobs: Optional[list], events: list, whole: bool) -> None:
-        if self._prefill is not None:
-            text = self._prefill.feed(text)
-            if self._prefill.done:
-                self._prefill = None
-        if self._tags is not None and text:
-            if whole and "</" in text:
-                text = self._open_tag(text)
-            for event in self._tags.feed(text):
-                events.append(event._replace(logprobs=logprobs) if logprobs and isinstance(event, TextDelta) else event)
-            if self._tags.done:
-                self._tags = None
-        elif text:
-            events.append(TextDelta(text, logprobs))
-
-    def _open_tag(self, text: str) -> str:
-        """A whole answer with only a closing tag: its template wrote the opening one."""
-        begun = text.lstrip()
-        for tag in THINK_TAGS:
-            if f"</{tag}>" in text and f"<{tag}>" not in text and not begun.startswith("<"):
-                self.begins_inside = True
-                return text if self._opened else f"<{tag}>{text}"
-        return text
-
     def _finish(self, events: list) -> None:
-        held = self._prefill.close() if self._prefill is not None else ""
-        if held:
-            self._prefill = None
-            self._say(held, None, events, False)
-        if self._tags is not None:
-            if self._opened and not self._tags.closed and not self._reason.lower() in FINISH_LENGTH:
-                self.begins_inside = False      # the tag never came: it was the answer all along
-            events += self._tags.close()
         reason = "length" if self._reason.lower() in FINISH_LENGTH else "stop"
         extra: dict = {}
         if self._details:
@@ -2916,9 +2393,8 @@ class OpenAIDecoder:
         events.append(Finish(reason, read_usage(self._usage, self._timings)))
 
 
-def decode_openai_body(answer: Any, call: ChatCall, opened: bool = False) -> list:
-    """A whole answer of /chat/completions or /completions -> events."""
-    return OpenAIDecoder(call, opened).decode_body(answer)
+def decode_openai_body(answer, call):
+    return OpenAIDecoder(call).decode_body(answer)
 
 
 def read_logprobs(value: Any, alternatives: Optional[int]) -> Optional[list]:
@@ -3164,553 +2640,357 @@ OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_
 # ----------------------------------------------------------------------------
 
 
-class ReasoningFilter:
-    """Applies --reasoning to a stream of events: "drop" leaves thinking out, "merge" puts it into the
-    text between think tags."""
+# What think tags are called; a model opens one of them before its first word, or not at all.
+THINK_TAGS = ("think", "thinking", "thought")
+_OPENERS, _CLOSERS = tuple(f"<{tag}>" for tag in THINK_TAGS), tuple(f"</{tag}>" for tag in THINK_TAGS)
 
-    def __init__(self, mode: str) -> None:
-        self._merge = mode == "merge"
-        self._open = False
+
+def half_of(marks: Iterable, text: str) -> int:
+    """Where the end of `text` may be the beginning of one of `marks`; its length when it is not."""
+    return min((at for mark in marks for at in range(max(0, len(text) - len(mark) + 1), len(text))
+                if mark[0] == text[at] and mark.startswith(text[at:])), default=len(text))
+
+
+class Step:
+    """What happens to events between the dialects, wherever the text is cut.  A step holds back what may turn out to
+    be something else; `idle` once it holds nothing and never will."""
+
+    idle = False
+
+    def __init__(self) -> None:
+        self._held = ""
 
     def __call__(self, events: list) -> list:
         kept: list = []
         for event in events:
-            if isinstance(event, ThinkingDelta):
-                if self._merge:
-                    kept.append(TextDelta(event.text if self._open else f"<think>\n{event.text}"))
-                    self._open = True
-                continue
-            if self._open:
-                self._open = False
-                kept.append(TextDelta("\n</think>\n\n"))
-            kept.append(event)
+            if type(event) is TextDelta:
+                self._held += event.text
+                told = self.feed()
+                kept += [TextDelta(told, event.logprobs)] if isinstance(told, str) and told else told or []
+            else:
+                kept += [TextDelta(text) for text in [self.flush(event)] if text] + [event]
+            if type(kept[-1:] and kept[-1]) is Finish:
+                break
         return kept
 
+    def take(self, size: int) -> str:
+        """The first `size` characters of what is held."""
+        text, self._held = self._held[:size], self._held[size:]
+        return text
 
-class Fence:
-    """Takes a code fence off an answer that was asked to be JSON, wherever its pieces are cut."""
+    def feed(self) -> Any:
+        """More is held: returns the text, or the events, that are certain."""
+        return self.take(len(self._held))
 
-    ended = False
+    def flush(self, event: Any) -> str:
+        """`event` is no text: returns what was held back when nothing more can change it."""
+        return self.take(len(self._held)) if not isinstance(event, ThinkingDelta) else ""
 
-    def __init__(self) -> None:
-        self._held = ""
-        self._state = "start"
 
-    def feed(self, text: str) -> str:
-        """Returns the text that certainly is no fence."""
-        self._held += text
+class Prefill(Step):
+    """Takes the text of a trailing assistant message off the answer of a server that repeats it (llama.cpp)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._expected = text
+
+    def feed(self) -> str:
+        if not self.idle and len(self._held) < len(self._expected) and self._expected.startswith(self._held):
+            return ""
+        if not self.idle and self._held.startswith(self._expected):
+            self.take(len(self._expected))
+        self.idle = True
+        return super().feed()
+
+
+class ThinkTags(Step):
+    """Splits reasoning in inline tags off the start of an answer (upstreams rule 58).
+
+    With `opened` the answer begins inside the tag, as templates that write the opening tag themselves leave it
+    (rule 59); a `whole` answer shows that by a closing tag alone.  `begins_inside` is what was learned of that.
+    """
+
+    def __init__(self, decoder: Any, opened: bool = False) -> None:
+        super().__init__()
+        self._state, self._opened, self._decoder = "inside" if opened else "start", opened, decoder
+        self._spoke = False
+        self.begins_inside: Optional[bool] = None
+
+    def feed(self) -> Any:
+        events: list = []
+        if self._state == "start":
+            self._start()
+        if self._state == "inside":
+            events = self._inside()
+        if self._state == "after":              # white space between the tag and the answer
+            self._held = self._held.lstrip()
+            self._state = "plain" if self._held else "after"
+        if self._state == "plain":
+            self.idle = True
+            return events + [TextDelta(super().feed())] if events else super().feed()
+        return events
+
+    def flush(self, event: Any) -> str:
+        """A server that splits reasoning off by itself leaves no tags in the text."""
+        if self._opened and self._state == "inside" and isinstance(event, Finish) and event.reason != "length":
+            self.begins_inside = False          # the tag never came: it was the answer all along
+        state, self._state, self.idle = self._state, "plain", True
+        return "" if state in ("inside", "after") else self.take(len(self._held))
+
+    def __call__(self, events: list) -> list:
+        kept: list = []
+        for event in events:
+            if self._state == "inside" and self._held.strip() and type(event) is not TextDelta:
+                kept.append(ThinkingDelta(self.take(len(self._held)).rstrip()))
+            kept += super().__call__([event])
+        return kept
+
+    def _start(self) -> None:
+        begun = self._held.lstrip()
+        opener = next((opener for opener in _OPENERS if begun.startswith(opener)), "")
+        if opener:
+            self._held, self._state = begun[len(opener):], "inside"
+        elif self._decoder.whole and begun[:1] != "<" and any(closer in begun for closer in _CLOSERS):
+            self._state, self.begins_inside = "inside", True
+        elif not any(opener.startswith(begun) for opener in _OPENERS):
+            self._state = "plain"
+
+    def _inside(self) -> list:
+        if not self._spoke:
+            self._held = self._held.lstrip()
+        at, closer = min((self._held.find(closer), closer) for closer in _CLOSERS if closer in self._held) \
+            if any(closer in self._held for closer in _CLOSERS) else (-1, "")
+        # Trailing space, and half a closing tag, may be dropped yet.
+        thinking = self.take(at if closer else half_of(_CLOSERS, self._held.rstrip()))
+        if closer:
+            self._held, self._state = self._held[len(closer):], "after"
+        else:
+            self._held, thinking = thinking[len(thinking.rstrip()):] + self._held, thinking.rstrip()
+        self._spoke = self._spoke or bool(thinking.rstrip())
+        return [ThinkingDelta(thinking.rstrip())] if thinking.rstrip() else []
+
+
+class Fence(Step):
+    """Takes a code fence off an answer that was asked to be JSON."""
+
+    _state = "start"
+
+    def feed(self) -> str:
         if self._state == "start":
             begun = self._held.lstrip()
             match = re.match(r"```(?:json|JSON)?[ \t]*\r?\n", begun)
             if match:
                 self._state, self._held = "fenced", begun[match.end():]
-            elif not re.fullmatch(r"`{0,2}|```\w{0,8}[ \t]*\r?", begun):
+            elif re.fullmatch(r"`{0,2}|```\w{0,8}[ \t]*\r?", begun):
+                return ""
+            else:
                 self._state = "plain"
-        if self._state == "plain":
-            text, self._held = self._held, ""
-            return text
-        if self._state == "start":
-            return ""
-        end = len(self._held.rstrip("`\r\n\t "))       # what may be the closing fence waits
-        text, self._held = self._held[:end], self._held[end:]
-        return text
+        # What may be the closing fence waits.
+        return self.take(len(self._held.rstrip("`\r\n\t ") if self._state == "fenced" else self._held))
 
-    def close(self) -> str:
-        """Returns what turned out to be none."""
-        held, self._held = self._held, ""
-        return "" if self._state == "fenced" and held.strip() in ("```", "") else held
+    def flush(self, event: Any) -> str:
+        text = super().flush(event)
+        return "" if self._state == "fenced" and text.strip() in ("```", "") else text
 
 
-class StopStrings:
+class StopStrings(Step):
     """Ends an answer at stop strings that the target was not told, because it takes four at most."""
 
     def __init__(self, stops: list) -> None:
+        super().__init__()
         self._stops = stops
-        self._held = ""
-        self.ended = False
 
-    def feed(self, text: str) -> str:
-        """Returns the text before a stop string; half of one waits."""
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            text, self._held, self.ended = self._held[:min(found)], "", True
-            return text
-        cut = min(map(self._beginning_of, self._stops))
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
-
-    def _beginning_of(self, stop: str) -> int:
-        """Where the held text may begin to be `stop`; its end when it does not."""
-        held = self._held
-        at = held.find(stop[0], max(0, len(held) - len(stop) + 1))
-        while at >= 0 and not stop.startswith(held[at:]):
-            at = held.find(stop[0], at + 1)
-        return at if at >= 0 else len(held)
-
-    def close(self) -> str:
-        """Returns what was no stop string after all."""
-        held, self._held = self._held, ""
-        return held
+    def feed(self) -> Any:
+        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        if not found:
+            return self.take(half_of(self._stops, self._held))
+        return [TextDelta(self.take(min(found))), Finish("stop", Usage())]
 
 
-class TextFilter:
-    """Sends the text of a reply through one of the two above."""
+class Reasoning(Step):
+    """Applies --reasoning: "drop" leaves thinking out, "merge" puts it into the text between think tags."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._over = False
+    def __init__(self, mode: str) -> None:
+        self._merge, self._open = mode == "merge", False
 
     def __call__(self, events: list) -> list:
         kept: list = []
         for event in events:
-            if self._over:
-                break
-            if isinstance(event, TextDelta):
-                text = self._inner.feed(event.text)
-                if text:
-                    kept.append(event._replace(text=text))
-                if self._inner.ended:
-                    kept.append(Finish("stop", Usage()))
-                    self._over = True
+            if isinstance(event, ThinkingDelta):
+                kept += [TextDelta(event.text if self._open else f"<think>\n{event.text}")] if self._merge else []
+                self._open = self._merge
                 continue
-            if isinstance(event, (ToolCalls, Finish)):
-                text = self._inner.close()
-                if text:
-                    kept.append(TextDelta(text))
-            kept.append(event)
+            kept += [TextDelta("\n</think>\n\n"), event] if self._open else [event]
+            self._open = False
         return kept
 
 
-def in_turn(steps: list) -> Optional[Callable]:
-    """Several event filters as one; None for none."""
-    if len(steps) < 2:
-        return steps[0] if steps else None
+class Told(Exception):
+    """A stream broke after its first line, and the client was told so in its own dialect."""
 
-    def run(events: list) -> list:
-        for step in steps:
+
+class Translation:
+    """The target's body in, lines for the client out; sans-I/O, like its two halves."""
+
+    def __init__(self, decoder: Any, encoder: Any, steps: Iterable = (), witness: Callable = lambda events: None,
+                 redact: Callable = lambda text: text, tap: Optional[Callable] = None, shortcut: bool = True) -> None:
+        self._decoder, self._encoder, self._steps, self._witness = decoder, encoder, list(steps), witness
+        self._redact, self._tap = redact, tap
+        self._shortcut = Shortcut(decoder, encoder, self) if shortcut and tap is None else None
+        self._failure: Optional[ProxyError] = None
+        self._ended = False
+
+    def lines(self, pieces: Iterable) -> Iterator[list]:
+        """One list of lines for each piece that says something: nothing is held back, nothing waits for more.
+
+        Raises what broke before the first line, which can still be an HTTP status; later the client gets its
+        dialect's in-band error, and Told is raised.
+        """
+        started = False
+        try:
+            for data in pieces:
+                if self._tap:
+                    self._tap("Target chunk", data)
+                lines = self._shortcut.feed(data, self._ordinary) if self._shortcut else self._ordinary(data)[0]
+                if lines:
+                    started = True
+                    yield lines
+                if self._ended:
+                    break
+            else:
+                lines = self._encode(self._decoder.close())
+                if lines:
+                    started = True
+                    yield lines
+            if self._failure is not None:
+                raise self._failure
+        except ProxyError as error:
+            if not started:
+                raise
+            error.message = self._redact(error.message)
+            yield [self._encoder.error(error)]
+            raise Told(error.message) from None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is pending: a content frame is just its text."""
+        return self._decoder.plain and not self._steps
+
+    def _ordinary(self, data: bytes) -> tuple[list, list]:
+        events = self._decoder.feed(data)
+        return self._encode(events), events
+
+    def _encode(self, events: list) -> list:
+        for step in self._steps:
             events = step(events)
-        return events
-    return run
+        if self._ended:                 # a step has ended the answer: what still comes is nobody's
+            return []
+        if self._steps and all(step.idle for step in self._steps):
+            self._steps = []
+        self._witness(events)
+        lines = []
+        self._encoder.tick()
+        for event in events:
+            if isinstance(event, Failure):
+                self._failure, self._ended = event.error, True
+                break
+            lines.append(self._encoder.encode(event))
+            if isinstance(event, Finish):
+                self._ended = True
+                lines.append(self._encoder.tail)
+        lines = [line for line in lines if line]
+        if self._tap and lines:
+            self._tap("Client chunk", b"".join(lines))
+        return lines
+
+
+def begun(lines: Iterator) -> Iterable:
+    """`lines`, once the first of them are there: an early failure still is an HTTP status."""
+    return itertools.chain([next(lines)], lines)
+
+
+SHORT_FRAME = 4096                      # bytes up to which a frame may be an envelope
 
 
 class Shortcut:
     """Carries text from upstream frames into client lines without decoding it.
 
     Within a stream everything around the text of a content frame stays the same.  That envelope is learned
-    from a frame that went the ordinary way and came out as exactly one TextDelta; from then on a read is
-    cut at the envelopes, and the texts, which are JSON string contents already, are set between the
-    encoder's own constants.  A frame that does not match to the byte but for a timestamp, and a text that
-    must be written differently (escapes such as \\/ or \\u0041, a possible think tag), goes the ordinary way, in
-    its turn.  The bytes that come out are the same either way; the tests run every stream both ways.
-
-    Three ways lead in: token() takes one HTTP chunk with one frame, run_of_chunks() many of these, and feed()
-    anything, once its chunk framing is off.
+    from a frame that the decoder took for exactly one TextDelta, and proved by showing the decoder the same
+    frame with another text.  From then on a read is cut at the envelopes, and the texts, JSON string contents
+    already, are set between the encoder's own constants.  Whatever does not match to the byte goes the
+    ordinary way, in its turn; what the client reads is the same.
     """
 
-    _VAIN = 8                       # envelopes learned without use before a stream is left alone
-    _LITTLE = 2048                  # bytes that are read sooner than learned from
-    FIRST_LESSON = 250              # bytes that go the ordinary way at a time: often a role and a first word
-    _SECOND_LESSON = 1000           # what follows an envelope that fitted is, as a rule, the end
+    _LESSONS = 8                        # envelopes learned without use before a stream is left alone
 
-    def __init__(self, decoder: Any, encoder: Any, chunked: bool) -> None:
-        self._decoder, self._encoder, self._chunked = decoder, encoder, chunked
+    def __init__(self, decoder: Any, encoder: Any, translation: Any) -> None:
+        self._decoder, self._encoder, self._translation = decoder, encoder, translation
         self._head = self._tail = b""   # what stands before and after a text
-        self._after = b""               # if a timestamp follows the head: what stands between that and the text
-        self._stamp: Any = None         # the shape of that timestamp
-        self._end = b""                 # what ends a chunk
-        self._starts: dict = {}         # length of a chunk -> its size line and head
-        self._vain = 0
-        self._plain = False             # the decoder has nothing pending: only the ordinary way changes that
-        self.overhead = 0               # bytes of chunk framing among those handed out
-        self._rest: list = []           # of a line whose end has not arrived: nobody could use it yet
-        self._size = 0
+        self._behind_stamp = b""        # if the head ends before a timestamp: what stands between that and the text
+        self._lessons = self._LESSONS
 
-    def feed(self, data: bytes, ordinary: Callable) -> bytes:
-        """Client bytes for `data`; `ordinary(data)` is the way around for (bytes, events) of whole lines."""
-        end = len(data) if b"\r" in data else data.rfind(b"\n") + 1
-        if not end:
-            self._rest.append(data)
-            self._size += len(data)
-            if self._size < MAX_LINE_BYTES:
-                return b""
-        rest, data = data[end:] if end else b"", b"".join(self._rest) + data[:end] if self._rest else data[:end]
-        self._rest, self._size = ([rest], len(rest)) if rest else ([], 0)
-        outs = []
-        while data:
-            if self._head and self._plain:
-                out, data = self._take(data, ordinary)
-                outs.append(out)
-                if not data:
+    def feed(self, data: bytes, ordinary: Callable) -> list:
+        """Client lines for `data`; `ordinary(data)` is the way around for (lines, events)."""
+        lines: list = []
+        at, end = 0, self._decoder.frame_end
+        while at < len(data):
+            if self._head and self._translation.plain and data.startswith(self._head, at):
+                begun, (texts, at) = at, self._cut(data, at)
+                if texts:
+                    self._lessons = self._LESSONS
+                    before, after = self._encoder.around(texts)
+                    lines += [before + text + after for text in texts]
+                if at > begun:
+                    continue
+            stop = data.find(end, at) + len(end) if self._lessons else 0
+            piece, at = (data[at:stop], stop) if stop >= len(end) else (data[at:], len(data))
+            whole = self._decoder.between and piece.endswith(end)
+            made, events = ordinary(piece)
+            lines += made
+            if self._lessons and whole and len(events) == 1 and type(events[0]) is TextDelta and self._translation.plain:
+                self._learn(piece, events[0].text)
+        return lines
+
+    def _learn(self, frame: bytes, said: str) -> None:
+        """What surrounds the text of a frame that said nothing else?"""
+        self._lessons -= 1
+        for text in (encode_text(said).encode("ascii"), b'"%b"' % said.encode("utf-8", "replace")):
+            head, found, tail = frame.rpartition(text)
+            if found and len(frame) < SHORT_FRAME and self._decoder.feed(head + b'"probe"' + tail) == [TextDelta("probe")]:
+                stamp = self._decoder.stamp.search(head)
+                self._head, self._behind_stamp = (head[:stamp.start()], head[stamp.end():] + b'"') if stamp else (head + b'"', b"")
+                self._tail = b'"' + tail
+                return
+
+    def _cut(self, data: bytes, at: int) -> tuple[list, int]:
+        """(texts of the frames from `at` on that fit, as the client gets them; where the first that does not begins)."""
+        texts: list = []
+        for frame in data[at:].split(self._tail)[:-1]:
+            text = frame[len(self._head):]
+            if self._behind_stamp:
+                stamp, _, text = text.partition(self._behind_stamp)
+                if not self._decoder.stamp.fullmatch(stamp):
                     break
-            # A frame or two are enough to learn from; the rest of a large read need not go the long way.
-            frame_end, lesson = self._decoder.frame_end, self._SECOND_LESSON if self._head else self.FIRST_LESSON
-            end = data.find(frame_end, lesson) + len(frame_end) if self._vain <= self._VAIN and len(data) > self._LITTLE else 0
-            piece, data = (data[:end], data[end:]) if end > lesson else (data, b"")
-            out, events = ordinary(piece)
-            outs.append(out)
-            self._plain = self._decoder.plain
-            if events and self._vain <= self._VAIN:
-                self._learn(piece, events[-1])
-        return outs[0] if len(outs) == 1 else b"".join(outs)
-
-    def close(self) -> bytes:
-        """The unfinished line, for the decoder to judge."""
-        rest, self._rest = b"".join(self._rest), []
-        return rest
-
-    def _learn(self, data: bytes, event: Any) -> None:
-        """What surrounds the text of the last line that went the ordinary way?"""
-        if type(event) is not TextDelta or event.logprobs or not self._plain:
-            return
-        data = data.rstrip(b"\n")
-        frame = data[data.rfind(b"\n") + 1:] + self._decoder.frame_end
-        self._head, self._tail = self._found(frame, event.text)
-        if not self._head:
-            return
-        self._vain += 1
-        key = self._decoder.stamp_key
-        self._stamp = re.compile(key + rb'"[^"\\\x00-\x1f]*"') if key else None
-        stamp = self._stamp.search(self._head) if key else None
-        self._head, self._after = (self._head[:stamp.start()], self._head[stamp.end():]) if stamp else (self._head, b"")
-        self._end, self._starts = self._tail + b"\r\n", {}
-
-    def _found(self, frame: bytes, said: str) -> tuple[bytes, bytes]:
-        """What surrounds the text in a frame, found by looking for it; empty if that fails."""
-        text = encode_text(said).encode("ascii")
-        if not said.isascii():
-            text = b'"%b"' % said.encode("utf-8", "replace")
-        at = next((frame.find(key + text) + len(key) + 1 for key in self._decoder.text_keys if key + text in frame), 0)
-        head, tail = frame[:at], frame[at + len(text) - 2:]
-        if not at or len(frame) >= SHORT_FRAME or self._decoder.text_of(head + b"probe" + tail) != "probe":
-            return b"", b""
-        return head, tail
-
-    def between_chunks(self, body: BodyDecoder) -> bool:
-        """An envelope is known, nothing is pending, and the upstream's next bytes begin an HTTP chunk."""
-        return bool(self._head) and self._plain and not self._rest and body.missing == 0
-
-    def run_of_chunks(self, data: bytes) -> tuple[bytes, int]:
-        """feed() for bytes from the socket, when they begin between_chunks(): (client bytes, how many bytes of
-        `data` they are for).
-
-        Most servers send each frame in a chunk of its own.  Then the size line is as predictable as the rest
-        of the envelope, and both are taken off in one go.
-        """
-        end = self._end
-        frames = data.split(end)
-        frames.pop()
-        lengths = list(map(len, frames))
-        starts = {length: self._start_of_chunk(length) for length in set(lengths)}
-        left = {length: length - len(start) for length, start in starts.items()}
-        plain = self._plain_texts(frames, list(map(starts.__getitem__, lengths)), list(map(left.__getitem__, lengths)))
-        if None in plain:
-            del plain[plain.index(None):]       # that one goes the ordinary way, with what is behind it
-        return self._lines(plain), sum(lengths[:len(plain)]) + len(end) * len(plain)
-
-    def token(self, data: bytes) -> bytes:
-        """run_of_chunks() for one chunk, as slow models send them; b"" when it does not fit."""
-        if self._after or not self._chunked or len(data) <= len(self._head) + len(self._end):
-            return b""
-        start = self._starts.get(len(data))
-        if start is None:
-            start = self._starts[len(data)] = self._start_of_chunk(len(data) - len(self._end))
-        if not data.startswith(start) or not data.endswith(self._end):
-            return b""
-        text = data[len(start):-len(self._end)]
-        text = _PLAIN_KNOWN.get(text) or plain_text(text)
-        if not text:
-            return b""
-        self._vain = 0                  # from here on _lines([text]), without its ways for many: this is once a token
-        before, after = self._encoder.around([text])
-        size = len(before) + len(text) + len(after)
-        out = b"%x\r\n%b%b%b\r\n" % (size, before, text, after)
-        self.overhead += len(out) - size
-        return out
-
-    def _start_of_chunk(self, length: int) -> bytes:
-        """Size line and head of a chunk that has `length` bytes before its tail."""
-        for digits in range(1, 8):
-            line = b"%x\r\n" % max(0, length - digits - 2 + len(self._tail))
-            if len(line) == digits + 2:
+            plain = text if _PLAIN_TEXT.fullmatch(text) else rewritten(text)
+            if plain is None or not frame.startswith(self._head):
                 break
-        return line + self._head
-
-    def _plain_texts(self, frames: list, starts: list, left: list) -> list:
-        """The texts of `frames`, which lack the tail already, as the client gets them; None for a frame that has
-        another start or envelope, and for a text that has to be looked at.  `left` is what is left of each
-        without its start."""
-        texts = list(map(bytes.removeprefix, frames, starts))
-        if list(map(len, texts)) != left:
-            texts = [text if len(text) == length else b'"' for text, length in zip(texts, left)]
-        if self._after:
-            parts = [text.partition(self._after) for text in texts]
-            stamps, opening = b"".join([part[0] for part in parts]), self._decoder.stamp_key + b'"'
-            # Four quotation marks in each, at both ends, and nothing escaped: else one is more than a timestamp.
-            if stamps.count(b'"' + opening) != len(parts) - 1 or stamps.count(b'"') != 4 * len(parts) \
-                    or not (stamps.startswith(opening) and stamps.endswith(b'"')) or b"\\" in stamps \
-                    or len(stamps.translate(None, _CONTROLS)) != len(stamps) or not all([part[1] for part in parts]):
-                parts = [part if part[1] and self._stamp.fullmatch(part[0]) else (b"", b"", b'"') for part in parts]
-            texts = [part[2] for part in parts]
-        plain = list(map(_PLAIN_KNOWN.get, texts))
-        if None in plain:
-            plain = [plain_text(text) if known is None else known for known, text in zip(plain, texts)]
-        return plain
-
-    def _take(self, data: bytes, ordinary: Callable) -> tuple[bytes, bytes]:
-        """(client bytes for the frames up to the last one that ends as it should, what is left of `data`)."""
-        if data[:1] == b"\n":
-            data = data.lstrip(b"\n")           # the blank line after a frame that came in the last read
-        if not data.startswith(self._head):
-            return b"", data
-        frames = data.split(self._tail)
-        rest = frames.pop()
-        if not frames:
-            return b"", data
-        first = len(self._head)
-        plain = self._plain_texts(frames, [self._head] * len(frames), [len(frame) - first for frame in frames])
-        if None not in plain:
-            return self._lines(plain), rest
-        out, run = [], []
-        for at, text in enumerate(plain):
-            if text is not None:
-                run.append(text)
-                continue
-            out.append(self._lines(run))
-            run = []
-            out.append(ordinary(frames[at] + self._tail)[0])
-            self._plain = self._decoder.plain
-            if not self._plain:                 # that one changed the rules
-                return b"".join(out), self._tail.join(frames[at + 1:] + [rest])
-        out.append(self._lines(run))
-        return b"".join(out), rest
-
-    def _lines(self, texts: list) -> bytes:
-        """Client lines around `texts`; empty texts are no events."""
-        lengths = list(map(len, texts))
-        if 0 in lengths:
-            texts = [text for text in texts if text]
-            lengths = list(map(len, texts))
-        if not texts:
-            return b""
-        self._vain = 0
-        before, after = self._encoder.around(texts)
-        if not self._chunked:
-            return b"".join([before + text + after for text in texts])
-        fixed = len(before) + len(after)
-        starts = {length: b"%x\r\n%b" % (fixed + length, before) for length in set(lengths)}
-        after += b"\r\n"
-        out = b"".join(itertools.chain.from_iterable(
-            zip(map(starts.__getitem__, lengths), texts, itertools.repeat(after))))
-        self.overhead += len(out) - fixed * len(texts) - sum(lengths)
-        return out
+            if plain:                   # an empty one is no event
+                texts.append(plain)
+            at += len(frame) + len(self._tail)
+        return texts, at
 
 
-_PLAIN_KNOWN: dict = {}
+# A JSON string's content that our encoders write in the same way: ASCII, with the shortest escapes.
+_PLAIN_TEXT = re.compile(rb'(?:[ !#-\[\]-~]|\\["\\nrtbf])*')
 
 
-def plain_text(text: bytes) -> Optional[bytes]:
-    """The contents of a JSON string as our encoders write them; None when a decoder has to look at it."""
-    if b"</" in text:
-        return None
+def rewritten(text: bytes) -> Optional[bytes]:
+    """The content of a JSON string as our encoders write it; None when it is none."""
     try:
-        plain = encode_text(_decode_json(f'"{str(text, "utf-8", "replace")}"'))[1:-1].encode("ascii")
+        return encode_text(_decode_json(f'"{str(text, "utf-8", "replace")}"'))[1:-1].encode("ascii")
     except (ValueError, TypeError):
         return None
-    if len(text) < 32:
-        if len(_PLAIN_KNOWN) >= 8192:
-            _PLAIN_KNOWN.clear()
-        _PLAIN_KNOWN[text] = plain      # tokens repeat
-    return plain
-
-
-class Pipe:
-    """Upstream bytes in, client bytes out; sans-I/O, like its two halves.
-
-    Until the first event is out a Failure is raised, so that it can still become an HTTP status; later
-    it becomes the client dialect's in-band error.  `done` once the last byte for the client was made.
-    """
-
-    media_type = ""
-    _FEW, _MANY = 1024, 4096        # bytes of a token or two, and of so many frames that a run of them pays
-
-    def __init__(self, decoder: Any, encoder: Any, reasoning: Optional[Callable] = None, chunked: bool = True,
-                 tap: Optional[Callable] = None, shortcut: bool = True,
-                 redact: Callable = lambda text: text, witness: Callable = lambda events: None) -> None:
-        self._redact, self._witness = redact, witness
-        self._decoder, self._encoder, self._reasoning = decoder, encoder, reasoning
-        self._chunked, self._tap = chunked, tap
-        self._shortcut = Shortcut(decoder, encoder, chunked) if shortcut and reasoning is None and tap is None else None
-        self.media_type = encoder.media_type
-        self.length: Optional[int] = None
-        self.started = False
-        self.done = False
-        self.overhead = 0               # bytes of chunk framing among those handed out
-        self.failure: Optional[Exception] = None
-        self.clean = True               # the client may take the end for an end
-
-    def feed(self, data: bytes) -> bytes:
-        """Returns what the client gets for `data`.  Raises the error of a stream that failed at once."""
-        if self._shortcut is not None:
-            return self._shortcut.feed(data, self._ordinary)
-        return self._ordinary(data)[0]
-
-    def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
-        """feed() for bytes that `body` has to take the framing off."""
-        outs, shortcut = [], self._shortcut
-        if shortcut is not None and len(data) < self._FEW and shortcut.between_chunks(body):
-            out = shortcut.token(data)
-            if out:
-                return out
-        elif shortcut is not None and len(data) > self._MANY:
-            for _ in range(3):          # up to the end of a chunk, perhaps to learn from it, and then a run of them
-                if shortcut.between_chunks(body):
-                    lines, size = shortcut.run_of_chunks(data)
-                    outs.append(lines)
-                    data = data[size:]
-                    break
-                size = body.missing or data.find(b"\n\r\n", shortcut.FIRST_LESSON) + 3
-                if not 2 < size < len(data):    # -1: it cannot be told; 2: nothing was found
-                    break
-                content, data = body.feed(data[:size]), data[size:]
-                outs.append(self.feed(content) if content else b"")
-                if body.broken is not None:
-                    return b"".join(outs)
-        content = body.feed(data) if data else b""
-        if content and not self.done:
-            outs.append(self.feed(content))
-        return b"".join(outs)
-
-    @property
-    def framing(self) -> int:
-        """How many of the bytes handed out were no body: the access line counts without them."""
-        return self.overhead + (self._shortcut.overhead if self._shortcut is not None else 0)
-
-    def close(self) -> bytes:
-        """The upstream's body ended, as its framing allows."""
-        rest = self._shortcut.close() if self._shortcut is not None else b""
-        events = self._decoder.feed(rest) if rest else []
-        return self._encode(events + ([] if self._decoder.done else self._decoder.close()))
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The upstream broke.  Whatever was whole before that was already handed out."""
-        return b"" if self.done else self._encode([Failure(error)])
-
-    def _ordinary(self, data: bytes) -> tuple[bytes, list]:
-        events = self._decoder.feed(data)
-        return self._encode(events), events
-
-    def _encode(self, events: list) -> bytes:
-        self._witness(events)
-        if self._reasoning is not None:
-            events = self._reasoning(events)
-        if not events:
-            return b""
-        self._encoder.tick()
-        pieces = []
-        for event in events:
-            if isinstance(event, Failure):
-                if not self.started:
-                    raise event.error
-                event.error.message = self._redact(event.error.message)
-                self.done, self.failure = True, event.error
-            elif isinstance(event, Finish):
-                self.done = True
-            self.started = True
-            piece = self._encoder.encode(event)
-            if piece:
-                pieces.append(piece)
-        if self.done and self.failure is None and self._encoder.tail:
-            pieces.append(self._encoder.tail)
-        if self._tap is not None:
-            self._tap("Client chunk", b"".join(pieces))
-        if not self._chunked:
-            return b"".join(pieces)
-        # A line to a chunk: several clients take each chunk for one line (clients rule 38).
-        chunks = list(map(http_chunk, pieces))
-        if self.done:
-            chunks.append(LAST_CHUNK)
-        self.overhead += sum(map(len, chunks)) - sum(map(len, pieces))
-        return b"".join(chunks)
-
-
-class RelayPipe:
-    """The same shape without translation: bytes pass as they are.
-
-    With `length` they are counted through, otherwise sent chunked, or bare to an HTTP/1.0 client.
-    A relayed stream that breaks is cut: what the target did not say is not said for it.
-    """
-
-    def __init__(self, media_type: str, length: Optional[int] = None, chunked: bool = True,
-                 chunks: Optional[ChunkedDecoder] = None) -> None:
-        self.media_type, self.length = media_type, length
-        self._chunked = chunked and length is None
-        self._chunks = chunks           # what is fed is in chunks already, thanks to it
-        self._bytes = 0
-        self.started = False
-        self.done = False
-        self.failure: Optional[Exception] = None
-        self.clean = True
-
-    def feed_from(self, body: BodyDecoder, data: bytes) -> bytes:
-        """feed() for bytes that `body` has to take the framing off."""
-        return self.feed(body.feed(data))
-
-    def feed(self, data: bytes) -> bytes:
-        """Returns `data`, framed."""
-        if self._chunked and self._chunks is None and data:
-            self._bytes -= len(data)
-            data = http_chunk(data)
-        self._bytes += len(data)
-        self.started = self.started or bool(data)
-        return data
-
-    @property
-    def framing(self) -> int:
-        """How many of the bytes handed out were no body: the access line counts without them."""
-        return self._bytes - (self._chunks.content if self._chunks else 0) if self._chunked else 0
-
-    def close(self) -> bytes:
-        """The upstream's body ended."""
-        self.done = True
-        if not self._chunked:
-            return b""
-        self._bytes += len(LAST_CHUNK)
-        return LAST_CHUNK
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The upstream broke: the connection to the client must be cut.  Raises `error` while nothing was sent."""
-        if not self.started:
-            raise error
-        if not self.done:
-            self.done, self.failure, self.clean = True, error, False
-        return b""
-
-
-def translate(body: BodyDecoder, pipe: Any, data: bytes, tap: Optional[Callable]) -> bytes:
-    """Bytes from the upstream's socket, b"" at its end -> bytes for the client's.
-
-    Raises what broke before anything was sent: it can still be an HTTP status.
-    """
-    out = b""
-    try:
-        if data and tap is None:
-            out = pipe.feed_from(body, data)
-        elif data:
-            content = body.feed(data)
-            if content:
-                tap("Target chunk", content)
-                out = pipe.feed(content)
-        else:
-            body.close()
-        if body.broken is not None:
-            out += pipe.fail(body.broken)
-        elif body.done and not pipe.done:
-            out += pipe.close()
-        return out
-    except ProxyError as error:
-        return out + pipe.fail(error)
-
 
 # ----------------------------------------------------------------------------
 # Room 8.  Configuration: presets, flags and environment become one frozen value
@@ -3723,7 +3003,7 @@ class Preset(NamedTuple):
     """One known server: where it is, which variable holds its key, and how it differs.
 
     `hosts` recognises it behind a plain URL; `lessons` is what self-healing would find out anyway
-    (room 12): a key to another name, or to None for leaving it out.
+    (room 11): a key to another name, or to None for leaving it out.
     """
 
     url: str = ""
@@ -4197,467 +3477,15 @@ def read_filter_file(path: str) -> Optional[tuple]:
     return tuple(line for line in lines if line) or None
 
 # ----------------------------------------------------------------------------
-# Room 9.  Loop: one thread that runs every request, each a coroutine that awaits its sockets
+# Room 9.  Upstream: dial, send, read, pool; and the watch for clients that leave
 #
-# A connection of a client is one Task.  Its code reads like blocking code; where it has to
-# wait it awaits wait(), and the loop goes on with whoever is ready.  The client's hang-up is
-# an exception thrown in at that place, in whatever phase.  What cannot wait in this way (name
-# look-ups, dialling, a model list) is done by `await work(...)` in a thread of the crew.
-# A stream in its course wakes no task: a Flow (room 15) stands in its place at the upstream's
-# socket, and wakes it when something is unusual.
-# With a thread to each request the interpreter lock would travel between cores at every
-# token; one thread that takes everything that has arrived is faster than two that share it.
+# http.client dials and sends (proxies, tunnels, TLS).  Answers are read here, straight from the
+# socket: its HTTPResponse hands out one HTTP chunk a call, takes the end of the stream for the
+# end of the headers, and cannot say whether a body was whole.
 # ----------------------------------------------------------------------------
 
-READ, WRITE, GONE = 0x1, 0x4, 0x2018        # as epoll counts: IN, OUT, and RDHUP, HUP or ERR
 
-
-class Expired(Exception):
-    """Nothing happened for as long as wait() was told to wait."""
-
-
-@types.coroutine
-def wait(sock: Any, mask: int, seconds: float) -> Any:
-    """Until `sock` can be read or written.  Raises Expired, or ClientGone when the task's client leaves.
-
-    Being woken is a hint: the operation may find that it would block still, and is then waited for again.
-    """
-    yield sock, mask, seconds, False
-
-
-@types.coroutine
-def work(do: Callable, *arguments: Any, discard: Optional[Callable] = None) -> Any:
-    """The result of do(*arguments), done by another thread.
-
-    Raises what it raises.  When the client leaves meanwhile, `discard(result)` gets what nobody wants.
-    """
-    return (yield Work(do, arguments, discard))
-
-
-@types.coroutine
-def pause(seconds: float) -> Any:
-    """Sleeps for `seconds`, or up to a grain of the loop (at most a second) more.  Raises ClientGone."""
-    try:
-        yield None, 0, seconds, False
-    except Expired:
-        pass
-
-
-class Work(NamedTuple):
-    """What work() asks of whoever runs the coroutine."""
-
-    do: Callable
-    arguments: tuple
-    discard: Optional[Callable]
-
-
-def unready(error: OSError, wanted: int = READ) -> int:
-    """What a socket that would block waits for: `wanted`, unless TLS says otherwise; 0 for a real error."""
-    if isinstance(error, BlockingIOError):
-        return wanted
-    return {"SSLWantReadError": READ, "SSLWantWriteError": WRITE}.get(type(error).__name__, 0)
-
-
-@types.coroutine
-def receive(sock: Any, seconds: float, size: int = 65536, quick: bool = False) -> Any:
-    """The next bytes of a non-blocking socket, b"" at the end.  Raises OSError, Expired or ClientGone, as wait().
-
-    With `quick` it goes before what waits without: answers before new requests.
-    """
-    while True:
-        # TLS may have decrypted more than was read: no descriptor tells of that.
-        if type(sock) is socket.socket or not sock.pending():
-            yield sock, READ, seconds, quick
-        try:
-            return sock.recv(size)
-        except OSError as error:
-            if not unready(error):
-                raise
-
-
-@types.coroutine
-def send_all(sock: Any, data: Any, seconds: float, sizes: Optional[list] = None) -> Any:
-    """Sends everything, as fast as it is taken; `sizes` gets the bytes of each write.
-
-    Raises OSError, or Expired when nothing is taken for `seconds`.
-    """
-    while True:
-        mask = WRITE
-        try:
-            size = sock.send(data)
-        except OSError as error:
-            mask, size = unready(error, WRITE), 0
-            if not mask:
-                raise
-        if sizes is not None:
-            sizes.append(size)
-        if size == len(data):
-            return
-        data = memoryview(data)[size:]
-        yield sock, mask, seconds, False
-
-
-def drive(coroutine: Any) -> Any:
-    """Runs a coroutine to its end in this thread, blocking where it waits; for threads beside the loop."""
-    step, value = coroutine.send, None
-    while True:
-        try:
-            asked = step(value)
-        except StopIteration as end:
-            return end.value
-        step, value = coroutine.send, None
-        try:
-            if isinstance(asked, Work):
-                value = asked.do(*asked.arguments)
-            elif asked[0] is None:
-                time.sleep(asked[2])
-            elif not is_ready(*asked[:3]):
-                raise Expired
-        except Exception as error:      # noqa: BLE001  the coroutine's to handle
-            step, value = coroutine.throw, error
-
-
-def is_ready(sock: Any, mask: int, seconds: float) -> bool:
-    """Waits for one socket, without a loop."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, (selectors.EVENT_READ if mask & READ else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0))
-        return bool(selector.select(max(0.0, seconds)))
-
-
-class EpollPoller:
-    """Linux: knows a hang-up (EPOLLRDHUP) from bytes that wait."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self.poll = self._epoll.poll    # poll(seconds) -> [(descriptor, flags)] of what is ready
-        self.masks: dict = {}           # descriptor -> what is reported of it
-
-    def set(self, sock: Any, fd: int, mask: int) -> None:
-        """From now on `mask` is reported of a socket; 0 is nothing, and needed before it is closed."""
-        known = self.masks.get(fd, 0)
-        try:
-            if not mask:
-                if self.masks.pop(fd, 0):
-                    self._epoll.unregister(fd)
-                return
-            change, other = self._epoll.modify, self._epoll.register
-            if not known:
-                change, other = other, change
-            try:
-                change(fd, mask & 0x2005)       # HUP and ERR are always reported
-            except (FileNotFoundError, FileExistsError):
-                other(fd, mask & 0x2005)        # what is known was an earlier socket's of the same number
-            self.masks[fd] = mask
-        except (OSError, ValueError):
-            self.masks.pop(fd, None)    # closed already: the kernel has forgotten it
-
-    def is_gone(self, sock: Any) -> bool:
-        """Asks again about one socket: a number may be a new client's by the time its event is read."""
-        poller = select.poll()
-        poller.register(sock.fileno(), select.EPOLLRDHUP)
-        return bool(poller.poll(0))
-
-
-class SelectorPoller:
-    """macOS, Windows: a hang-up is a readable socket with nothing to read; a client that has sent its next
-    request already, or the good-bye of TLS, is no longer watched."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.masks: dict = {}
-
-    def set(self, sock: Any, fd: int, mask: int) -> None:
-        """As EpollPoller.set."""
-        events = (selectors.EVENT_READ if mask & (READ | GONE) else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
-        try:
-            if not events:
-                if self.masks.pop(fd, 0):
-                    self._selector.unregister(fd)
-                return
-            if fd in self.masks:
-                self._selector.modify(fd, events, sock)
-            else:
-                self._selector.register(fd, events, sock)
-            self.masks[fd] = mask
-        except (OSError, ValueError, KeyError):
-            self.masks.pop(fd, None)
-
-    def poll(self, timeout: float) -> list:
-        """[(descriptor, flags)] of what is ready."""
-        found = []
-        for key, events in self._selector.select(timeout):
-            mask = self.masks.get(key.fd, 0)
-            flags = WRITE if events & selectors.EVENT_WRITE else 0
-            if events & selectors.EVENT_READ and mask & READ:
-                flags |= READ
-            elif events & selectors.EVENT_READ and self.is_gone(key.data):
-                flags |= GONE
-            elif events & selectors.EVENT_READ:
-                self.set(key.data, key.fd, mask & WRITE)
-            if flags:
-                found.append((key.fd, flags))
-        return found
-
-    def is_gone(self, sock: Any) -> bool:
-        """Whether the peer has ended the connection; a look at the raw socket, below TLS."""
-        try:
-            return socket.socket.recv(sock, 1, socket.MSG_PEEK) == b""
-        except OSError as error:
-            return not unready(error)
-
-
-class Task:
-    """One coroutine, what it waits for, and the client whose hang-up ends it (None: nobody's).
-
-    `quick` says that it is served before what is not.  `since`, which a Flow moves on, and `_limit` are when
-    the wait began and how many seconds it may take; `_asked` is work under way in another thread, which no
-    sweep ends.
-    """
-
-    __slots__ = ("quick", "_loop", "_coroutine", "_client", "_client_fd", "_sock", "_fd", "_mask", "since", "_limit", "_asked")
-
-    def __init__(self, loop: "Loop", coroutine: Any, client: Any) -> None:
-        self._loop, self._coroutine, self._client = loop, coroutine, client
-        self._client_fd = client.fileno() if client is not None else -1
-        self.quick = False
-        self._sock: Any = None
-        self._fd, self._mask, self.since, self._limit = -1, 0, 0.0, 0.0
-        self._asked: Optional[Work] = None
-
-    def ready(self, fd: int, flags: int) -> None:
-        """Something happened to a socket of this task.
-
-        What it waits for: go on.  Another one has bytes or room: do not report it again, or the loop spins.
-        The end of what it waits for: go on, the next call will tell.  The end of another upstream: not now.
-        The client has left: ask again, because the number may be a new client's, then say so.
-        """
-        if fd == self._fd and flags & self._mask:
-            self.step(self._coroutine.send, None)
-        elif not flags & GONE:
-            self._loop.poller.set(self._client if fd == self._client_fd else self._sock, fd,
-                                  (self._mask if fd == self._fd else 0) | (GONE if fd == self._client_fd else 0))
-        elif fd == self._fd and (fd != self._client_fd or self._mask & READ):
-            self.step(self._coroutine.send, None)
-        elif fd != self._client_fd:
-            self._loop.poller.set(None, fd, 0)
-        elif self._loop.poller.is_gone(self._client):
-            self.step(self._coroutine.throw, ClientGone("client closed the connection"))
-
-    def wake(self, value: Any) -> None:
-        """What it awaits has happened: `value`, raised if it is an exception."""
-        self.step(self._coroutine.throw if isinstance(value, Exception) else self._coroutine.send, value)
-
-    def close(self) -> None:
-        """Ends it wherever it waits."""
-        try:
-            self._coroutine.close()
-        except Exception as error:      # noqa: BLE001  the boundary of this thread
-            complain(error)
-
-    def sweep(self) -> None:
-        """Ends a wait that took too long."""
-        if self._asked is None and self._loop.now - self.since > self._limit:
-            self.step(self._coroutine.throw, Expired())
-
-    def step(self, how: Callable, value: Any) -> None:
-        """Runs the coroutine up to the next place where it waits."""
-        loop = self._loop
-        self._asked, self._fd = None, -1
-        while True:
-            try:
-                asked = how(value)
-            except StopIteration:
-                loop.tasks.discard(self)
-                return
-            except Exception as error:      # noqa: BLE001  a bug in one task ends that task alone
-                loop.tasks.discard(self)
-                complain(error)
-                return
-            if type(asked) is tuple:
-                sock, self._mask, self._limit, self.quick = asked
-                self.since = loop.now
-                if sock is not None:
-                    fd = sock.fileno()
-                    self._sock, self._fd = sock, fd
-                    if loop.entries.get(fd) is not self:
-                        loop.entries[fd] = self
-                    known = loop.poller.masks.get(fd, 0)
-                    if known & self._mask != self._mask:
-                        loop.poller.set(sock, fd, known | self._mask | (GONE if fd == self._client_fd else 0))
-                return
-            if type(asked) is not Work:     # a Flow (room 15): it hears of the socket itself, and wakes the task
-                self._mask, self.since, self._limit, self.quick = 0, loop.now, asked.seconds, False
-                asked.begin(self)
-                return
-            self._asked = asked
-            try:
-                loop.crew.run(self._work, asked)
-                return
-            except RuntimeError:
-                self._asked = None
-                how, value = self._coroutine.throw, ProxyError("no more threads", 503)
-
-    def _work(self, asked: Work) -> None:
-        """In a thread of the crew."""
-        how: Callable = self._coroutine.send
-        try:
-            value = asked.do(*asked.arguments)
-        except Exception as error:      # noqa: BLE001  the coroutine's to handle
-            how, value = self._coroutine.throw, error
-        self._loop.post(self._worked, asked, how, value)
-
-    def _worked(self, asked: Work, how: Callable, value: Any) -> None:
-        if self._asked is asked:
-            self.step(how, value)
-        elif asked.discard is not None and not isinstance(value, Exception):
-            asked.discard(value)
-
-
-class Loop:
-    """Runs tasks in the thread that calls run().  Only post() and stop() are for other threads."""
-
-    _TURN = 0.002                   # seconds that new requests may take before answers have their turn
-
-    def __init__(self, poller: Any = None, grain: float = 1.0) -> None:
-        self.poller = poller or (EpollPoller() if hasattr(select, "epoll") else SelectorPoller())
-        self.entries: dict = {}         # descriptor -> Task or Flow
-        self.tasks: set = set()
-        self.crew = Crew()
-        self.now = time.monotonic()
-        self._grain = grain             # seconds between looks at the clock for all tasks
-        self._posted: collections.deque = collections.deque()
-        self._bell, self._ear = socket.socketpair()
-        for end in (self._bell, self._ear):
-            end.setblocking(False)
-        self._stopped = False
-
-    def spawn(self, coroutine: Any, client: Any = None) -> None:
-        """A new task; it runs until its first wait before this returns."""
-        task = Task(self, coroutine, client)
-        self.tasks.add(task)
-        if client is not None:
-            self.entries[client.fileno()] = task
-            self.poller.set(client, client.fileno(), READ | GONE)
-        task.step(coroutine.send, None)
-
-    def forget(self, sock: Any) -> None:
-        """Must be called before a socket that was waited for is closed: its number is used again at once."""
-        fd = sock.fileno()
-        self.entries.pop(fd, None)
-        self.poller.set(sock, fd, 0)
-
-    def release(self, sock: Any) -> None:
-        """An idle connection of a pool.  It stays registered, which saves two system calls a request: when the
-        target closes it, run() finds no task, unregisters it, and the pool throws it away."""
-        self.entries.pop(sock.fileno(), None)
-        if isinstance(self.poller, SelectorPoller):
-            self.poller.set(sock, sock.fileno(), 0)     # Windows selects among 512 sockets only
-
-    def post(self, do: Callable, *arguments: Any) -> None:
-        """Calls do(*arguments) in the loop's thread, soon."""
-        self._posted.append((do, arguments))
-        try:
-            self._bell.send(b"!")
-        except OSError:
-            pass                        # the bell rings already
-
-    def stop(self) -> None:
-        """Makes run() return."""
-        self._stopped = True
-        self.post(int)
-
-    def run(self) -> None:
-        """The loop itself."""
-        entries, poller, swept = self.entries, self.poller, 0.0
-        poller.set(self._ear, self._ear.fileno(), READ)
-        while not self._stopped:
-            ready = poller.poll(self._grain)
-            self.now = now = time.monotonic()
-            slow = []
-            for event in ready:
-                entry = entries.get(event[0])
-                if entry is None or not entry.quick:
-                    slow.append(event)
-                    continue
-                try:                    # _serve() without the call: this is once a token
-                    entry.ready(*event)
-                except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
-                    complain(error)
-            for event in slow:
-                self._serve(*event)
-                if time.monotonic() - now > self._TURN:
-                    break               # the others are reported again, behind the tokens that came meanwhile
-            if now - swept >= self._grain:
-                swept = now
-                for task in list(self.tasks):
-                    task.sweep()
-        for task in list(self.tasks):
-            task.close()
-
-    def _serve(self, fd: int, flags: int) -> None:
-        """One event: its task's business, unless it is nobody's."""
-        entry = self.entries.get(fd)
-        try:
-            if entry is not None:
-                entry.ready(fd, flags)
-            elif fd == self._ear.fileno():
-                self._hear()
-            else:
-                self.poller.set(None, fd, 0)    # an idle upstream that was closed: its pool will notice
-        except Exception as error:      # noqa: BLE001  a bug with one socket is not the end of all
-            complain(error)
-
-    def _hear(self) -> None:
-        try:
-            self._ear.recv(4096)
-        except OSError:
-            pass
-        while self._posted:
-            do, arguments = self._posted.popleft()
-            try:
-                do(*arguments)
-            except Exception as error:      # noqa: BLE001  the boundary of this thread
-                complain(error)
-
-
-class Crew:
-    """Threads that wait for the next piece of work instead of dying: a new one costs more than the work."""
-
-    _IDLE = 16
-
-    def __init__(self) -> None:
-        self._idle: list = []
-        self._lock = threading.Lock()
-
-    def run(self, do: Callable, *arguments: Any) -> None:
-        """Calls `do(*arguments)` in a thread of its own.  Raises RuntimeError when there can be no more."""
-        with self._lock:
-            worker = self._idle.pop() if self._idle else None
-        if worker is None:
-            bell = threading.Lock()
-            bell.acquire()
-            threading.Thread(target=self._work, args=([do, arguments], bell), daemon=True).start()
-            return
-        worker[0][:] = [do, arguments]
-        worker[1].release()
-
-    def _work(self, box: list, bell: Any) -> None:
-        while True:
-            do, arguments = box
-            box[:] = [None, ()]
-            try:
-                do(*arguments)
-            except Exception as error:      # noqa: BLE001  the boundary of this thread
-                complain(error)
-            do = arguments = None
-            with self._lock:
-                if len(self._idle) >= self._IDLE:
-                    return
-                self._idle.append((box, bell))
-            bell.acquire()
-
-
-def shut(sock: socket.socket) -> None:
+def shut(sock: Any) -> None:
     """Both directions, at once, without an exception; below TLS, which would wait for an answer."""
     try:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -4682,13 +3510,118 @@ def complain(error: BaseException) -> None:
         pass
 
 
-# ----------------------------------------------------------------------------
-# Room 10.  Upstream: dial, send, read, pool
-#
-# http.client dials (proxies, tunnels, TLS).  Answers are read here, straight from the
-# socket: its HTTPResponse hands out one HTTP chunk a call, takes the end of the stream
-# for the end of the headers, and cannot say whether a body was whole.
-# ----------------------------------------------------------------------------
+RDHUP = getattr(select, "POLLRDHUP", 0)         # Linux: tells a hang-up from bytes that wait
+
+
+def is_ready(sock: Any, mask: int = 1) -> bool:
+    """Whether something can be read (or, with RDHUP, whether the peer has ended), without waiting.
+
+    poll() because select() refuses descriptors from 1024 up; Windows has only select().
+    """
+    if not hasattr(select, "poll"):
+        return bool(select.select([sock], [], [], 0)[0])
+    poller = select.poll()
+    poller.register(sock, mask)
+    return bool(poller.poll(0))
+
+
+def has_left(sock: Any) -> bool:
+    """Whether a client has ended its connection.  Never waits: recv() on a socket with a time-out would, even with
+    MSG_DONTWAIT, so it is asked only when there is something to read."""
+    if RDHUP:
+        return is_ready(sock, RDHUP)
+    try:
+        return is_ready(sock) and socket.socket.recv(sock, 1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
+        return True
+
+
+class Watcher:
+    """One thread that looks, some times a second, whether the clients of running requests are still there: their own
+    threads wait for the target and cannot see it.  A client that left takes its upstream connection with it."""
+
+    TICK = 0.2
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()        # while it is held no watched socket is closed, no number used again
+        self._scopes: set = set()
+        self._some = threading.Event()
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+
+    def add(self, scope: "Scope") -> None:
+        with self.lock:
+            self._scopes.add(scope)
+            self._some.set()
+
+    def remove(self, scope: "Scope") -> None:
+        with self.lock:
+            self._scopes.discard(scope)
+
+    def _run(self) -> None:
+        while True:
+            self._some.wait()
+            time.sleep(self.TICK)
+            with self.lock:
+                for scope in [scope for scope in self._scopes if has_left(scope.client)]:
+                    self._scopes.discard(scope)
+                    scope.abort()
+                if not self._scopes:
+                    self._some.clear()
+
+
+class Scope:
+    """One request's claim on the outside: the client it is for, the upstream connection that works for it now."""
+
+    def __init__(self, context: Any, client: Any = None) -> None:
+        self.context, self.client = context, client
+        self._gone = threading.Event()
+        self._sock: Any = None
+        self._reply: Optional[Reply] = None
+        if client is not None:
+            context.watcher.add(self)
+
+    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any, timeout: Optional[float] = None) -> "Reply":
+        """Upstream.open, for as long as the request lasts."""
+        self.release()
+        self._reply = self.context.upstream.open(self, target, method, path, headers, body, timeout)
+        return self._reply
+
+    def hold(self, sock: Any) -> None:
+        """From now on `sock` is shut when the client leaves; None lets go of it.  Raises ClientGone if it has left."""
+        with self.context.watcher.lock:
+            self._sock = sock
+        self.check()
+
+    def check(self) -> None:
+        """Raises ClientGone once the client has left."""
+        if self._gone.is_set():
+            raise ClientGone("client closed the connection")
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless the client leaves.  Raises ClientGone."""
+        self._gone.wait(seconds)
+        self.check()
+
+    def abort(self) -> None:
+        """The client has left; the watcher's thread calls this, with its lock held."""
+        self._gone.set()
+        shut(self.client)
+        if self._sock is not None:
+            shut(self._sock)
+
+    def release(self) -> None:
+        """The present answer is not needed any more: its connection goes back to the pool, or ends."""
+        with self.context.watcher.lock:
+            self._sock = None
+        reply, self._reply = self._reply, None
+        if reply is not None:
+            reply.close()
+
+    def close(self) -> None:
+        """The request is over."""
+        if self.client is not None:
+            self.context.watcher.remove(self)
+        self.release()
 
 
 class Clock:
@@ -4697,377 +3630,303 @@ class Clock:
     now = staticmethod(time.monotonic_ns)
     wall = staticmethod(time.time)
 
-    def __init__(self) -> None:
-        self._second = (0, b"")
-
-    def stamp(self) -> bytes:
-        """RFC 3339 in UTC with microseconds; the calendar is worked out once a second."""
+    @staticmethod
+    def stamp() -> bytes:
+        """RFC 3339 in UTC with microseconds."""
         second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
-        known = self._second
-        if known[0] != second:
-            known = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second)).encode())
-        return b"%b%06dZ" % (known[1], nanosecond // 1000)
+        return b"%b.%06dZ" % (_second_stamp(second), nanosecond // 1000)
 
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r\n]*))?")
-_FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*([^\r\n\0]*?)[ \t]*\Z")
-_KNOWN_FIELDS: dict = {}                # header line -> (name, value): a server repeats most of its lines
-_KNOWN_ANSWERS: dict = {}               # whole heads without a length -> parse_answer_head(); shared, so read only
+@functools.lru_cache(maxsize=4)
+def _second_stamp(second: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode()
 
 
-def parse_answer_head(head: bytes) -> tuple[int, int, str, dict]:
-    """Response head -> (minor version, status, reason, headers by lower-case name).
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
+_FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*([^\r\n\0]*?)[ \t]*")
+
+
+def parse_answer_head(head: bytes) -> tuple[int, int, dict]:
+    """Response head -> (minor version, status, headers by lower-case name).
 
     Lenient about line ends, strict about shape.  Raises BadUpstreamPayload.
     """
-    known = _KNOWN_ANSWERS.get(head)
-    if known is not None:
-        return known
-    lines = head.replace(b"\r\n", b"\n").split(b"\n")
-    match = _STATUS_LINE.fullmatch(lines[0])
+    first, *lines = head.replace(b"\r\n", b"\n").split(b"\n")
+    match = _STATUS_LINE.fullmatch(first)
     if not match:
-        raise BadUpstreamPayload(f"upstream does not speak HTTP/1.x: {one_line(lines[0], 80)}")
+        raise BadUpstreamPayload(f"upstream does not speak HTTP/1.x: {one_line(first, 80)}")
     headers: dict = {}
-    for line in lines[1:]:
-        if not line:
-            continue
-        name, value = _KNOWN_FIELDS.get(line) or _parse_field(line)
-        if name in headers:
-            if name == "content-length" and headers[name] != value:
-                raise BadUpstreamPayload("upstream sent two different content lengths")
-            if name != "content-length":
-                headers[name] = f"{headers[name]}, {value}"
-        else:
-            headers[name] = value
-    known = int(match[1]), int(match[2]), (match[3] or b"").decode("latin-1"), headers
-    if "content-length" not in headers and len(head) < 2048:
-        if len(_KNOWN_ANSWERS) >= 64:
-            _KNOWN_ANSWERS.clear()
-        _KNOWN_ANSWERS[head] = known
-    return known
-
-
-def _parse_field(line: bytes) -> tuple[str, str]:
-    pair = _FIELD_LINE.match(line)
-    if not pair:
-        raise BadUpstreamPayload(f"upstream sent a malformed header: {one_line(line, 80)}")
-    found = pair[1].decode("ascii").lower(), pair[2].decode("latin-1")
-    if len(line) < 200:
-        if len(_KNOWN_FIELDS) >= 1024:
-            _KNOWN_FIELDS.clear()
-        _KNOWN_FIELDS[line] = found
-    return found
+    for line in filter(None, lines):
+        pair = _FIELD_LINE.fullmatch(line)
+        if not pair:
+            raise BadUpstreamPayload(f"upstream sent a malformed header: {one_line(line, 80)}")
+        name, value = pair[1].decode("ascii").lower(), pair[2].decode("latin-1")
+        if name == "content-length" and headers.get(name, value) != value:
+            raise BadUpstreamPayload("upstream sent two different content lengths")
+        headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
+    return int(match[1]), int(match[2]), headers
 
 
 class Reply:
-    """One answer of the target: status and headers, then its body, whole by read(), or by feeding `body` what
-    take_rest() and receive() give.
+    """One answer of the target: status and headers, then its body, whole by read() or piece by piece.
 
     A connection goes back to the pool only when its body was read to the end.
     """
 
-    def __init__(self, upstream: "Upstream", key: Optional[tuple], sock: socket.socket, head: tuple, rest: bytes,
-                 patience: float, bodiless: bool) -> None:
-        minor, self.status, self.reason, self.headers = head
-        self.sock, self.patience = sock, patience
-        self._upstream, self._key = upstream, key
-        self._rest = rest
-        self._closed = False
-        self.ending = False             # the client has all of it, only the end of the framing is missing
-        connection = self.headers.get("connection", "").lower()
-        self._keep = key is not None and "close" not in connection and (minor == 1 or "keep-alive" in connection)
-        coding = self.headers.get("transfer-encoding", "").lower()
+    def __init__(self, upstream: "Upstream", scope: Scope, key: tuple, connection: Any, head: tuple, rest: bytes, patience: float,
+                 bodiless: bool) -> None:
+        minor, self.status, self.headers = head
+        self._upstream, self._scope, self._key, self._connection = upstream, scope, key, connection
+        self._rest, self._patience = rest, patience
+        options = self.headers.get("connection", "").lower()
+        self._keep = "close" not in options and (minor == 1 or "keep-alive" in options)
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._left: Optional[int] = None
         length = self.headers.get("content-length")
         if bodiless or self.status in (204, 304):
-            self.body = BodyDecoder(0, False)
-        elif "chunked" in coding:
-            self.body = BodyDecoder(None, True, self._coding())
+            self._left = 0
+        elif "chunked" in self.headers.get("transfer-encoding", "").lower():
+            self._chunks = ChunkedDecoder()
         elif length is not None:
-            if not (length.isascii() and length.isdigit() and len(length) < 19):
+            if not re.fullmatch("[0-9]{1,18}", length):
                 raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
-            self.body = BodyDecoder(int(length), False, self._coding())
+            self._left = int(length)
         else:
             self._keep = False
-            self.body = BodyDecoder(None, False, self._coding())
-
-    def _coding(self) -> str:
-        coding = self.headers.get("content-encoding", "identity").strip().lower()
-        if coding in ("", "identity"):
-            return ""
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadUpstreamPayload(f"upstream compressed its answer as {one_line(coding, 40)}, which was not asked for")
-        return coding
+        self._inflate = inflater(self.headers.get("content-encoding", "").strip().lower()) if self._left != 0 else None
+        self.done = self._left == 0
 
     @property
     def content_type(self) -> str:
         return self.headers.get("content-type", "")
 
-    def take_rest(self) -> bytes:
-        """Body bytes that arrived together with the head, still framed."""
-        rest, self._rest = self._rest, b""
-        return rest
+    def pieces(self) -> Iterator[bytes]:
+        """Body bytes as they come, framing and compression off.
 
-    async def receive(self) -> bytes:
-        """The next bytes of the socket, framing and all.  Raises StreamTruncated or UpstreamTimeout."""
-        try:
-            return await receive(self.sock, self.patience, READ_SIZE, quick=True)
-        except Expired:
-            raise silent(self.patience) from None
-        except OSError as error:
-            raise cut_off(error) from None
-
-    async def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
-        """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised.
-
-        Raises StreamTruncated, UpstreamTimeout or BadUpstreamPayload.
+        Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, each after what came before it; or ClientGone.
         """
-        pieces, size, body = [], 0, self.body
-        while not body.done:
-            data = self.take_rest() or await self.receive()
+        while not self.done:
+            data, self._rest = self._rest or self._receive(), b""
+            fault: Optional[UpstreamError] = None
             if not data:
-                body.close()
-                break
-            data = body.feed(data)
-            pieces.append(data)
-            size += len(data)
-            if size > limit and cut:
-                return b"".join(pieces)[:limit]
-            if size > limit:
-                raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
-            if body.broken is not None:
-                raise body.broken
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                if self._chunks is not None or self._left is not None:
+                    raise StreamTruncated("upstream closed the connection in the middle of its answer")
+                self.done = True
+            elif self._chunks is not None:
+                try:
+                    data = self._chunks.feed(data)
+                except ValueError as error:
+                    fault, data = BadUpstreamPayload(f"upstream broke its chunked coding: {error}"), self._chunks.salvaged
+                self.done, self._rest = self._chunks.done, self._chunks.rest if self._chunks.done else b""
+            elif self._left is not None:
+                data, self._rest = data[:self._left], data[self._left:]
+                self._left -= len(data)
+                self.done = self._left == 0
+            data = self._inflate(data) if self._inflate else data
+            if data:
+                yield data
+            if fault is not None:
+                raise fault
 
-    async def drain(self) -> None:
-        """Waits a moment for the end of an answer that nobody needs more of, so that its connection lives on."""
+    def _receive(self) -> bytes:
+        sock = self._connection.sock
         try:
-            until = time.monotonic() + 1.0
-            while not self.body.done and self.body.broken is None and time.monotonic() < until:
-                data = await receive(self.sock, until - time.monotonic(), 4096)
-                if not data:
+            sock.settimeout(self._patience)
+            data = sock.recv(READ_SIZE)
+        except socket.timeout:
+            raise UpstreamTimeout(f"upstream was silent for {self._patience:g} s") from None
+        except OSError as error:
+            self._scope.check()
+            raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
+        if not data:
+            self._scope.check()         # cut off by the watcher: the client's doing, not the target's
+        return data
+
+    def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
+        """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised.  Else as pieces()."""
+        found, size = [], 0
+        for piece in self.pieces():
+            found.append(piece)
+            size += len(piece)
+            if size > limit and not cut:
+                raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
+            if size > limit:
+                break
+        return b"".join(found)[:limit] if cut else b"".join(found)
+
+    def finish(self, seconds: float = 0.5) -> None:
+        """Waits a moment for the end of a body that nobody needs more of, so that its connection lives on."""
+        self._patience, until = seconds, time.monotonic() + seconds
+        try:
+            for _ in self.pieces():
+                if time.monotonic() > until:
                     break
-                self.body.feed(data)
-        except (OSError, Expired, ProxyError):
+        except ProxyError:
             pass
-        self.close()
 
     def close(self) -> None:
         """Gives the connection back, or ends it."""
-        if self._closed:
+        connection, self._connection = self._connection, None
+        if connection is None:
             return
-        self._closed = True
-        if self._keep and self.body.done and self.body.clean and not self._rest:
-            self._upstream.give_back(self._key, self.sock)
+        if self._keep and self.done and not self._rest:
+            self._upstream.give_back(self._key, connection)
         else:
-            self._upstream.end(self.sock)
+            shut(connection.sock)
+            connection.close()
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
 class Upstream:
-    """Connections to targets: pooled, kept alive, each request on one of them.
+    """Connections to targets: pooled, kept alive, each request on one of them."""
 
-    The pool belongs to the loop's thread.  Without a loop nothing is pooled.
-    """
-
-    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
-        self._config, self._loop = config, loop
-        self._pool: dict = {}           # (place, proxy) -> [(socket, idle since)]
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._lock = threading.Lock()
+        self._pool: dict = {}           # (place, proxy) -> [(connection, idle since)], the one used last at the end
         self._context: Any = None
         self._routes: dict = {}         # Target.place -> proxy or None
-        self._heads: dict = {}
-        self._addresses: dict = {}      # Target.place -> family and address that a plain dial led to
 
-    # -- requests
+    def open(self, scope: Scope, target: Target, method: str, path: str, headers: Iterable, body: Any,
+             timeout: Optional[float] = None, hops: int = 3) -> Reply:
+        """Sends one request; returns when the head of the answer is there.
 
-    async def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
-                   timeout: Optional[float] = None, opened: Optional[list] = None, hops: int = 3) -> Reply:
-        """Sends one request; returns when the head of the answer is there.  The reply is added to `opened`.
-
-        `path` is complete; `body` is bytes, or a coroutine function whose pieces, up to an empty one, are
-        sent chunked as they come.  A pooled connection that turns out dead before a byte of an answer is
-        replaced once.  Redirects are followed on the same scheme, host and port only, `hops` of them.
-        Raises UpstreamUnreachable, UpstreamTimeout or BadUpstreamPayload.
+        `path` is complete; `body` is bytes, or an iterable of pieces that are sent chunked as they come.  A pooled
+        connection that turns out dead before a byte of an answer is replaced once.  Redirects are followed on the
+        same scheme, host and port only, `hops` of them.
+        Raises UpstreamUnreachable, UpstreamTimeout, BadUpstreamPayload or ClientGone.
         """
-        place = target.place
-        via = self._routes[place] if place in self._routes else await work(self._proxy_for, target)
-        wire = self._request_head(target, method, path, tuple(headers), via)
-        if not isinstance(body, bytes):
-            wire += b"Transfer-Encoding: chunked\r\n\r\n"
-        elif body or method in ("POST", "PUT", "PATCH"):
-            wire += b"Content-Length: %d\r\n\r\n" % len(body)
-        else:
-            wire += b"\r\n"
-        patience = timeout or self._config.timeout
-        key = (place, via[:2] if via else None) if self._loop else None
-        for fresh in (False, True):
+        via = self._proxy_for(target)
+        key, patience, headers = (target.place, via[:2] if via else None), timeout or self._config.timeout, list(headers)
+        for attempt in range(2):
             # A body that streams can be sent once: not on a connection that may be dead.
-            sock = None if fresh or key is None or not isinstance(body, bytes) else self._take(key)
-            reused = sock is not None
-            if sock is None and self._loop and place in self._addresses:
-                sock = await self._dial_again(place)
-            if sock is None:
-                sock = await work(self._dial, target, via, min(self._config.connect_timeout, timeout or 1e9),
-                                  discard=close_quietly)
-                if via is None and target.scheme == "http":
-                    self._addresses[place] = sock.family, sock.getpeername()
+            connection = self._take(key) if attempt == 0 and isinstance(body, bytes) else None
+            reused = connection is not None
+            connection = connection or self._dial(target, via, min(self._config.connect_timeout, timeout or 1e9))
             begun = time.monotonic()
             try:
-                head, rest = await self._ask(sock, wire, body, patience, target)
-                reply = Reply(self, key, sock, head, rest, patience, method == "HEAD")
+                scope.hold(connection.sock)
+                broken = self._send(connection, target, via, method, path, headers, body)
+                head, rest = self._read_head(connection.sock, patience, target, broken)
+                reply = Reply(self, scope, key, connection, head, rest, patience, method == "HEAD")
                 break
-            except _NoAnswer:
-                self.end(sock)
+            except BaseException as error:
+                shut(connection.sock)
+                connection.close()
+                scope.check()
                 # Dead before it could have been read: an idle connection that the target had given up.
-                if not reused or time.monotonic() - begun > 2.0:
+                if not isinstance(error, _NoAnswer) or not reused or time.monotonic() - begun > 2.0:
                     raise
-            except BaseException:
-                self.end(sock)
-                raise
-        if reply.status in _REDIRECTS:
-            reply.close()
-            if not hops:
-                raise UpstreamError(f"{target.url} redirects in circles")
-            path = self._redirected(target, path, reply.headers.get("location", ""))
-            return await self.open(target, method, path, headers, body, timeout, opened, hops - 1)
-        if opened is not None:
-            opened.append(reply)
-        return reply
+        if reply.status not in _REDIRECTS:
+            return reply
+        reply.close()
+        if not hops or not isinstance(body, bytes):
+            raise UpstreamError(f"{target.url} redirects in circles" if not hops else f"{target.url} redirects an upload")
+        path = self._redirected(target, path, reply.headers.get("location", ""))
+        return self.open(scope, target, method, path, headers, body, timeout, hops - 1)
 
     @staticmethod
     def _redirected(target: Target, path: str, location: str) -> str:
         try:
             where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
-            port = where.port
+            port = where.port or {"http": 80, "https": 443}.get(where.scheme)
         except ValueError:
             raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
-        default = {"http": 80, "https": 443}.get(where.scheme)
-        if not location or (where.scheme, where.hostname, port or default) != (
-                target.scheme, target.host.lower(), target.port):
+        if not location or (where.scheme, where.hostname, port) != (target.scheme, target.host.lower(), target.port):
             raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
                                 "give that address as --target if it is the right one")
         return where.path + (f"?{where.query}" if where.query else "")
 
-    def _request_head(self, target: Target, method: str, path: str, headers: tuple, via: Optional[tuple]) -> bytes:
-        """The head but for its last line, remembered: most requests differ in their bodies alone."""
-        key = target.place, method, path, headers
-        known = self._heads.get(key)
-        if known is None:
-            plain_proxy = via is not None and target.scheme == "http"
-            lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1",
-                     f"Host: {target.authority}"]
-            lines += [f"{name}: {value}" for name, value in headers]
-            if plain_proxy and via[2]:
-                lines.append(f"Proxy-Authorization: {via[2]}")
-            if len(self._heads) >= 256:
-                self._heads.clear()
-            known = self._heads[key] = "\r\n".join(lines + [""]).encode("latin-1", "replace")
-        return known
-
-    async def _ask(self, sock: socket.socket, wire: bytes, body: Any, patience: float, target: Target) -> tuple:
-        """One request on one connection -> (parsed head, bytes after it)."""
-        deadline = time.monotonic() + patience
-        broken: Optional[OSError] = None
+    def _send(self, connection: Any, target: Target, via: Optional[tuple], method: str, path: str, headers: list,
+              body: Any) -> Optional[OSError]:
+        """Sends a request.  What breaks the sending is returned: a server may answer and close before it has read all."""
+        connection.sock.settimeout(self._config.timeout)
+        sender = http.client.HTTPConnection(target.host)        # keeps no state of an earlier request on this socket
+        sender.sock = connection.sock
+        plain_proxy = via is not None and target.scheme == "http"
         try:
+            sender.putrequest(method, (f"http://{target.authority}" if plain_proxy else "") + path, True, True)
+            for name, value in [("Host", target.authority)] + headers:
+                sender.putheader(name, value.encode("latin-1", "replace"))
+            if plain_proxy and via[2]:
+                sender.putheader("Proxy-Authorization", via[2])
             if not isinstance(body, bytes):
-                await send_all(sock, wire, self._config.timeout)
-                await self._upload(sock, body)
-            elif len(body) < 65536:
-                await send_all(sock, wire + body, self._config.timeout)
-            else:
-                await send_all(sock, wire, self._config.timeout)
-                await send_all(sock, body, self._config.timeout)
-        except Expired:
+                sender.putheader("Transfer-Encoding", "chunked")
+            elif body or method in ("POST", "PUT", "PATCH"):
+                sender.putheader("Content-Length", str(len(body)))
+            sender.endheaders(body or None, encode_chunked=not isinstance(body, bytes))
+        except socket.timeout:
             raise UpstreamTimeout(f"{target.url} did not take the request for {self._config.timeout:g} s") from None
         except OSError as error:
-            broken = error              # a server may answer and close before it has read everything
-        data = b""
+            return error
+        return None
+
+    def _read_head(self, sock: Any, patience: float, target: Target, broken: Optional[OSError]) -> tuple[tuple, bytes]:
+        """(parsed head of the final answer, bytes after it), within `patience` seconds altogether."""
+        deadline, data = time.monotonic() + patience, b""
         while True:
-            try:
-                piece = await receive(sock, max(0.0, deadline - time.monotonic()), READ_SIZE, quick=True)
-            except Expired:
-                raise silent(patience) from None
-            except OSError:
-                piece = b""
-            data = data + piece if data else piece
-            if not piece:
-                if data:
-                    raise BadUpstreamPayload(f"{target.url} closed the connection in the middle of its answer")
-                raise _NoAnswer(f"{target.url} closed the connection without an answer"
-                                + (f" ({reason_of(broken)})" if broken else ""))
-            while True:
-                end = data.find(b"\r\n\r\n")
-                size = 4
-                if end < 0:
-                    end, size = data.find(b"\n\n"), 2
-                if end < 0:
-                    break
-                head = parse_answer_head(data[:end])
-                data = data[end + size:]
+            end = re.search(rb"\r?\n\r?\n", data)
+            if end:
+                head, data = parse_answer_head(data[:end.start()]), data[end.end():]
                 if head[1] >= 200:
                     return head, data   # 100 and 103 announce the answer; they are not the answer
+                continue
             if len(data) > MAX_HEAD_BYTES:
                 raise BadUpstreamPayload(f"{target.url} sent headers of more than {MAX_HEAD_BYTES} bytes")
-            if time.monotonic() > deadline:
-                raise UpstreamTimeout(f"{target.url} did not finish its headers in time")
-
-    async def _upload(self, sock: socket.socket, read: Callable) -> None:
-        """A body as it comes from the client.  What breaks on the client's side is no OSError of ours."""
-        piece = await read()
-        while piece:
-            await send_all(sock, http_chunk(piece), self._config.timeout)
-            piece = await read()
-        await send_all(sock, LAST_CHUNK, self._config.timeout)
+            try:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                piece = sock.recv(READ_SIZE)
+            except socket.timeout:
+                raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
+            except OSError:
+                piece = b""
+            if not piece and data:
+                raise BadUpstreamPayload(f"{target.url} closed the connection in the middle of its answer")
+            if not piece:
+                raise _NoAnswer(f"{target.url} closed the connection without an answer" + (f" ({reason_of(broken)})" if broken else ""))
+            data += piece
 
     # -- connections
 
-    def _take(self, key: tuple) -> Optional[socket.socket]:
+    def _take(self, key: tuple) -> Any:
         """The idle connection used last, unless the target has closed or spoiled it meanwhile."""
-        idle = self._pool.get(key)
-        while idle:
-            sock, since = idle.pop()
-            try:
-                # Bytes that nobody asked for are an answer to nobody: they must not reach the next client.
-                socket.socket.recv(sock, 1, socket.MSG_PEEK)
-            except OSError as error:
-                if unready(error) and time.monotonic() - since < POOL_IDLE:
-                    return sock
-            self.end(sock)
-        return None
+        while True:
+            with self._lock:
+                idle = self._pool.get(key)
+                connection, since = idle.pop() if idle else (None, 0.0)
+            # Bytes that nobody asked for are an answer to nobody: they must not reach the next client.
+            if connection is None or (time.monotonic() - since < POOL_IDLE and not is_ready(connection.sock)):
+                return connection
+            connection.close()
 
-    def give_back(self, key: tuple, sock: socket.socket) -> None:
+    def give_back(self, key: tuple, connection: Any) -> None:
         """A connection whose answer was read to the end."""
-        self._loop.release(sock)
-        idle = self._pool.setdefault(key, [])
-        idle.append((sock, self._loop.now))
-        if len(idle) > POOL_SIZE or self._loop.now - idle[0][1] > POOL_IDLE:
-            self.end(idle.pop(0)[0])
-
-    def end(self, sock: socket.socket) -> None:
-        """Closes a connection, whatever it was doing."""
-        if self._loop is not None:
-            self._loop.forget(sock)
-        shut(sock)
-        close_quietly(sock)
+        now, surplus = time.monotonic(), None
+        with self._lock:
+            idle = self._pool.setdefault(key, [])
+            idle.append((connection, now))
+            if len(idle) > POOL_SIZE or now - idle[0][1] > POOL_IDLE:
+                surplus = idle.pop(0)[0]
+        if surplus is not None:
+            surplus.close()
 
     def close(self) -> None:
-        """Ends all idle connections; in the loop's thread, or once the loop has stopped."""
-        idle, self._pool = self._pool, {}
-        for socks in idle.values():
-            for sock, _ in socks:
-                self.end(sock)
+        """Ends all idle connections."""
+        with self._lock:
+            idle, self._pool = self._pool, {}
+        for connection, _ in itertools.chain.from_iterable(idle.values()):
+            connection.close()
 
-    def _dial(self, target: Target, via: Optional[tuple], timeout: float) -> socket.socket:
-        """A new connection, through a proxy or TLS where they are needed; it blocks."""
+    def _dial(self, target: Target, via: Optional[tuple], timeout: float) -> Any:
+        """A new connection, through a proxy or TLS where they are needed."""
         host, port = via[:2] if via else (target.host, target.port)
         try:
             if target.scheme == "https":
                 connection: Any = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls())
                 if via:
-                    connection.set_tunnel(target.host, target.port,
-                                          {"Proxy-Authorization": via[2]} if via[2] else {})
+                    connection.set_tunnel(target.host, target.port, {"Proxy-Authorization": via[2]} if via[2] else {})
             else:
                 connection = http.client.HTTPConnection(host, port, timeout=timeout)
             connection.connect()
@@ -5075,29 +3934,7 @@ class Upstream:
             through = f" through the proxy {host}:{port}" if via else ""
             kind = UpstreamTimeout if isinstance(error, socket.timeout) else UpstreamUnreachable
             raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
-        connection.sock.setblocking(False)
-        return connection.sock
-
-    async def _dial_again(self, place: tuple) -> Optional[socket.socket]:
-        """One more plain connection to an address that took one before, without a thread; None if it fails now."""
-        family, address = self._addresses[place]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if sock.connect_ex(address) in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                await wait(sock, WRITE, self._config.connect_timeout)
-                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
-                    self._loop.poller.set(sock, sock.fileno(), READ)
-                    return sock
-        except (OSError, Expired):
-            pass
-        except BaseException:
-            self.end(sock)
-            raise
-        self._addresses.pop(place, None)        # the name is looked up again
-        self.end(sock)
-        return None
+        return connection
 
     def _tls(self) -> Any:
         """The TLS settings, made when the first https target is dialled."""
@@ -5144,16 +3981,6 @@ class Upstream:
         return route
 
 
-def silent(seconds: float) -> UpstreamTimeout:
-    """The upstream sent nothing for that long."""
-    return UpstreamTimeout(f"upstream was silent for {seconds:g} s")
-
-
-def cut_off(error: OSError) -> StreamTruncated:
-    """The upstream's connection broke."""
-    return StreamTruncated(f"upstream broke the connection: {reason_of(error)}")
-
-
 class _NoAnswer(UpstreamUnreachable):
     """The connection ended before the first byte of an answer."""
 
@@ -5168,29 +3995,15 @@ def reason_of(error: Exception) -> str:
     return one_line(text[:1].lower() + text[1:], 200)
 
 # ----------------------------------------------------------------------------
-# Room 11.  Catalogue: what the target serves, under which names, with what metadata
+# Room 10.  Catalogue: what the target serves, under which names, with what metadata
 # ----------------------------------------------------------------------------
 
-_CONTEXT_NOW = ("loaded_context_length", "n_ctx", "context_now")
-_CONTEXT_MAX = ("max_context_length", "context_length", "max_model_len", "context_window", "context_size",
-                "max_input_tokens", "inputTokenLimit", "max_total_tokens", "n_ctx_train")
-_QUANT_PHRASES = {"- Small": "_S", "- Medium": "_M", "- Large": "_L"}
 # Kinds of models that answer neither chats nor embeddings (upstreams rule 90).
 OTHER_KINDS = frozenset(("image", "audio", "rerank", "reranker", "moderation", "transcription", "tts", "transcribe",
                          "speech", "video", "image_generation", "audio_transcription", "audio_speech"))
 _EMBEDDING_NAME = re.compile(r"embed|(^|[/-])(bge|e5|gte|minilm)([-_.]|$)|nomic-bert", re.I)
 _VISION_NAME = re.compile(r"vision|[-_.]vl([-_.\d]|$)|llava|pixtral|gpt-4o|gpt-4\.1|gpt-5|gemini|claude-[3-9]|moondream",
                           re.I)
-
-
-def _first(sources: list, names: tuple, read: Callable = as_count) -> Any:
-    """The first usable value under any of `names` in any of `sources`."""
-    for source in sources:
-        for name in names:
-            value = read(source.get(name))
-            if value:
-                return value
-    return None
 
 
 def human_count(count: Optional[int]) -> str:
@@ -5207,108 +4020,91 @@ def parse_count(text: str) -> Optional[int]:
     return round(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()]) if match else None
 
 
-def _quantization(entry: dict, meta: dict) -> str:
-    """"Q4_K - Medium", "(guessed) all F32", {"name": "Q4_K_M"} -> Q4_K_M, F32."""
-    value = entry.get("quantization") or meta.get("ftype") or entry.get("model_ftype") \
-        or as_dict(entry.get("details")).get("quantization_level")
-    text = as_text(as_dict(value).get("name")) if isinstance(value, dict) else as_text(value)
-    text = re.sub(r"^\(guessed\) ?|^all | - [0-9.]+ bpw$|^mostly ", "", text)
-    for phrase, short in _QUANT_PHRASES.items():
-        text = text.replace(f" {phrase}", short)
-    return text
+# What servers call it (upstreams rules 86-92): attribute of ModelInfo -> names, the likeliest first.
+_COUNTS = {
+    "context": "max_context_length context_length max_model_len context_window context_size max_input_tokens inputTokenLimit "
+               "max_total_tokens n_ctx_train",
+    "context_now": "loaded_context_length n_ctx", "size": "size_bytes size", "created": "created",
+    "embedding_length": "n_embd output_vector_size embedding_length", "parameter_count": "n_params"}
+_TEXTS = {
+    "owner": "owned_by publisher", "family": "arch architecture model_type family", "format": "compatibility_type format",
+    "parameter_size": "params_string parameter_size", "parent": "parent parent_model", "template": "chat_template",
+    "quantization": "quantization ftype model_ftype quantization_level"}
+_TRAITS = {
+    "vision": "vision supports_vision has_image_understanding", "completion": "completion_chat",
+    "tools": "trained_for_tool_use function_calling tools supports_function_calling supports_tools supports_tool_calls",
+    "thinking": "reasoning thinking supports_reasoning", "insert": "completion_fim"}
+# Words in lists of capabilities, parameters and modalities -> traits.
+_WORDS = {"tools": "tools", "tool_use": "tools", "vision": "vision", "image": "vision", "thinking": "thinking", "reasoning": "thinking",
+          "embedding": "embedding", "embeddings": "embedding", "insert": "insert"}
+_INSIDE = ("model_info", "meta", "details", "top_provider", "capabilities", "default_generation_settings", "modalities",
+           "chat_template_caps", "quantization")
 
 
-def _traits(entry: dict, sources: list) -> dict:
-    """What the entry says its model can and cannot do."""
-    traits: dict = {}
-    told = entry.get("capabilities")
-    kind = as_text(entry.get("type")) or as_text(_first(sources, ("mode",), as_text))
-    if isinstance(told, dict):          # LM Studio v1, Mistral
-        for name, keys in (("tools", ("trained_for_tool_use", "function_calling", "tools")), ("vision", ("vision",)),
-                           ("thinking", ("reasoning", "thinking")), ("completion", ("completion_chat",)),
-                           ("insert", ("completion_fim",))):
-            for key in keys:
-                if told.get(key) is not None:
-                    traits[name] = bool(told[key])
-    elif isinstance(told, list) and entry.get("owned_by") != "llamacpp" and as_dict(entry.get("meta")) == {}:
-        words = {word for word in told if isinstance(word, str)}
-        traits.update(tools=bool(words & {"tools", "tool_use"}), vision="vision" in words)
-        traits.update(dict.fromkeys(words & {"thinking", "embedding", "insert", "completion"}, True))
-        if words & {"embeddings"}:
-            traits["embedding"] = True
-        if words and words <= OTHER_KINDS:
-            traits["other"] = True
-    if "state" in entry and "arch" in entry:            # LM Studio v0 lists what there is, and nothing else
-        traits.update(tools="tool_use" in as_list(told), vision=kind == "vlm")
-    modalities = as_list(as_dict(entry.get("architecture")).get("input_modalities")) \
-        or as_list(entry.get("input_modalities"))
-    if modalities:
-        traits["vision"] = "image" in modalities
-    outputs = as_list(as_dict(entry.get("architecture")).get("output_modalities"))
-    if outputs and not {"text", "embeddings"} & set(map(str, outputs)):
-        traits["other"] = True
-    supported = entry.get("supported_parameters")
-    if isinstance(supported, list):
-        traits.update(tools="tools" in supported, thinking="reasoning" in supported)
-    for name, keys in (("vision", ("supports_vision", "has_image_understanding")),
-                       ("tools", ("supports_function_calling", "supports_tools")),
-                       ("thinking", ("supports_reasoning",))):
-        for source in sources:
-            for key in keys:
-                if isinstance(source.get(key), bool):
-                    traits[name] = source[key]
-    for name, key in (("tools", "tool_call_parser"), ("thinking", "reasoning_parser")):
-        if entry.get(key):
-            traits[name] = True
-    if kind in ("embedding", "embeddings"):
-        traits["embedding"] = True
-    elif kind in OTHER_KINDS or entry.get("active") is False:
-        traits["other"] = True
-    elif kind == "vlm":
-        traits["vision"] = True
-    return traits
+def as_flag(value: Any) -> Optional[bool]:
+    """Whether an upstream says yes or no; None when it says something else, or nothing."""
+    return value if isinstance(value, bool) else bool(value) if isinstance(value, dict) else None
+
+
+def look_up(sources: list, names: str, read: Callable) -> Any:
+    """The first usable value under any of `names` in any of `sources`."""
+    found = (read(source.get(name)) for name in names.split() for source in sources)
+    return next((value for value in found if value not in (None, "")), None)
 
 
 def read_model(entry: dict) -> Optional[ModelInfo]:
-    """One list entry of any server -> ModelInfo; None when it names nothing (upstreams rules 86-92)."""
-    identifier = next((entry[key] for key in ("id", "key", "model_name", "name", "model")
-                       if isinstance(entry.get(key), str) and entry[key]), "")
-    meta, details = as_dict(entry.get("meta")), as_dict(entry.get("details"))
-    sources = [entry, as_dict(entry.get("model_info")), meta, details, as_dict(entry.get("top_provider"))]
-    loaded = entry.get("loaded_instances")
-    status = as_dict(entry.get("status"))
-    now = _first(sources, _CONTEXT_NOW)
+    """One list entry of any server, or what it tells of its only model -> ModelInfo; None when it names nothing."""
+    sources = [entry] + [as_dict(entry.get(key)) for key in _INSIDE]
+    told: dict = {}
+    for table, read in ((_COUNTS, as_count), (_TEXTS, as_text)):
+        told.update((key, value) for key, value in ((key, look_up(sources, names, read)) for key, names in table.items()) if value)
+    identifier = look_up([entry], "id key model_name name model", as_text)
+    owner, status, loaded = told.get("owner"), as_dict(entry.get("status")), entry.get("loaded_instances")
+    local, arguments = owner == "llamacpp" and bool(as_dict(entry.get("meta"))), [str(word) for word in as_list(status.get("args"))]
+    for flag, value in zip(arguments, arguments[1:]):
+        if flag in ("--ctx-size", "-c"):
+            told.setdefault("context_now", parse_int(value))
     for instance in as_list(loaded):
-        now = now or as_count(as_dict(as_dict(instance).get("config")).get("context_length"))
-    arguments = [str(word) for word in as_list(status.get("args"))]
-    for flag in ("--ctx-size", "-c"):
-        if flag in arguments[:-1]:
-            now = now or parse_int(arguments[arguments.index(flag) + 1])
-    most = _first(sources, _CONTEXT_MAX)
-    owner = as_text(entry.get("owned_by")) or as_text(entry.get("publisher"))
-    running: Optional[bool] = None
+        told.setdefault("context_now", as_count(as_dict(as_dict(instance).get("config")).get("context_length")))
     if isinstance(loaded, list):
-        running = bool(loaded)
+        told["running"] = bool(loaded)
     elif "state" in entry or "value" in status:
-        running = (entry.get("state") or status.get("value")) == "loaded"
-    elif owner in ("vllm", "sglang") or (owner == "llamacpp" and meta):
-        running = True
+        told["running"] = (entry.get("state") or status.get("value")) == "loaded"
+    elif owner in ("vllm", "sglang") or local:
+        told["running"] = True
     if owner in ("vllm", "sglang"):
-        now = now or most
-    count = as_count(meta.get("n_params"))
-    size_text = as_text(entry.get("params_string")) or as_text(details.get("parameter_size")) or human_count(count)
-    architecture = entry.get("architecture")
-    family = next((value for value in (entry.get("arch"), architecture, entry.get("model_type"), details.get("family"))
-                   if isinstance(value, str) and value), "")
-    form = next((value for value in (entry.get("compatibility_type"), entry.get("format"), details.get("format"))
-                 if isinstance(value, str) and value), "gguf" if owner == "llamacpp" and meta else "")
-    return ModelInfo(
-        identifier, context=most, context_now=now, family=family, format=form, parameter_size=size_text,
-        parameter_count=count or parse_count(size_text), quantization=_quantization(entry, meta),
-        size=_first(sources, ("size_bytes", "size")), running=running, owner=owner, raw=entry,
-        created=as_count(entry.get("created")), parent=as_text(entry.get("parent")) or as_text(details.get("parent_model")),
-        embedding_length=_first(sources, ("n_embd", "output_vector_size", "embedding_length")),
-        template=as_text(entry.get("chat_template")), traits=_traits(entry, sources)) if identifier else None
+        told.setdefault("context_now", told.get("context"))
+    if local:
+        told.setdefault("format", "gguf")
+    told["parameter_size"] = told.get("parameter_size") or human_count(told.get("parameter_count"))
+    told.setdefault("parameter_count", parse_count(told["parameter_size"]))
+    text = as_text(as_dict(entry.get("quantization")).get("name")) or told.get("quantization", "")
+    text = re.sub(r"^\(guessed\) ?|^all | - [0-9.]+ bpw$|^mostly ", "", text)
+    told["quantization"] = re.sub(r" - (S|M|L)(mall|edium|arge)\b", r"_\1", text)       # "Q4_K - Medium" is Q4_K_M
+    return ModelInfo(identifier, raw=entry, traits=read_traits(entry, sources, owner), **told) if identifier else None
+
+
+def read_traits(entry: dict, sources: list, owner: Optional[str]) -> dict:
+    """What an entry says that its model can and cannot do; nothing for what it does not mention."""
+    traits = {trait: look_up(sources, names, as_flag) for trait, names in _TRAITS.items()}
+    kind = look_up(sources[:2], "type mode", as_text)
+    shapes = as_dict(entry.get("architecture"))
+    lists = [entry.get("capabilities") if owner != "llamacpp" else None, entry.get("supported_parameters"),
+             as_list(shapes.get("input_modalities")) or entry.get("input_modalities")]
+    for at, words in enumerate(lists):
+        if isinstance(words, list) or (at == 0 and "arch" in entry and "state" in entry):      # LM Studio v0 tells by leaving out
+            for trait in (("tools", "vision"), ("tools", "thinking"), ("vision",))[at]:
+                traits[trait] = traits.get(trait) or False
+            traits.update({_WORDS[word]: True for word in as_list(words) if isinstance(word, str) and word in _WORDS})
+    for trait, key in (("tools", "tool_call_parser"), ("thinking", "reasoning_parser")):
+        traits[trait] = True if entry.get(key) else traits.get(trait)
+    outputs = {str(word) for word in as_list(shapes.get("output_modalities"))}
+    said = {word for word in as_list(entry.get("capabilities")) if isinstance(word, str)}
+    traits["vision"] = True if kind == "vlm" else traits["vision"]
+    traits["embedding"] = True if kind in ("embedding", "embeddings") else traits.get("embedding")
+    traits["other"] = True if kind in OTHER_KINDS or entry.get("active") is False or (outputs and not outputs & {"text", "embeddings"}) \
+        or (said and said <= OTHER_KINDS) else None
+    return {trait: value for trait, value in traits.items() if value is not None}
 
 
 def parse_int(text: str) -> Optional[int]:
@@ -5683,32 +4479,12 @@ class Catalogue:
                     name = urllib.parse.quote(info.id, safe="")
                     found += self._ask(probe._replace(path=f"/props?model={name}"), [info])
             return found or [ModelInfo("")]
-        told = read_server_properties(payload)
-        return [told._replace(id=info.id) for info in models] if told and len(models) == 1 else []
+        told = read_model({**payload, "id": models[0].id}) if len(models) == 1 else None
+        return [told] if told and (told.context or told.context_now or told.family or told.template or told.traits) else []
 
-
-def read_server_properties(payload: dict) -> Optional[ModelInfo]:
-    """What a server with one model tells about it: llama.cpp /props, SGLang, TGI, KoboldCpp."""
-    entry = dict(payload)
-    settings = as_dict(payload.get("default_generation_settings"))
-    if settings:
-        entry["context_now"] = settings.get("n_ctx")
-    modalities = as_dict(payload.get("modalities"))
-    if modalities:
-        entry["input_modalities"] = ["text"] + [name for name, there in modalities.items() if there is True] \
-            + (["image"] if modalities.get("vision") is True else [])
-    caps = as_dict(payload.get("chat_template_caps"))
-    if caps:
-        entry["supports_tools"] = bool(caps.get("supports_tools") or caps.get("supports_tool_calls"))
-    if isinstance(payload.get("value"), int):
-        entry["context_now"] = payload["value"]
-    interesting = {"context_now", "max_total_tokens", "has_image_understanding", "model_type", "chat_template"}
-    if not interesting & entry.keys():
-        return None
-    return read_model({**entry, "id": "self"})
 
 # ----------------------------------------------------------------------------
-# Room 12.  Healing: what a target refused, and what to send instead
+# Room 11.  Healing: what a target refused, and what to send instead
 #
 # A refusal before the first event that names a field of ours is answered by sending the
 # request once more without it, or with what the target wants in its place.  What worked
@@ -5963,50 +4739,39 @@ def whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 # ----------------------------------------------------------------------------
-# Room 13.  Operations: one short function per verb
+# Room 12.  Operations: one short function per verb
 # ----------------------------------------------------------------------------
 
 
 class Request:
-    """What a client asks.  `body` is read by the server before the operation, unless the route streams it."""
-
-    __slots__ = ("method", "target", "path", "query", "version", "headers", "body", "chunks", "route", "arguments",
-                 "started", "keep", "length", "chunked", "first", "end_to_end")
+    """What a client asks.  `body` is bytes, or an iterator of its pieces for routes that stream it."""
 
     def __init__(self, method: str, target: str, version: int, headers: dict) -> None:
         self.method, self.target, self.version, self.headers = method, target, version, headers
         path, _, self.query = target.partition("?")
         self.path = clean_path(path)
-        self.body = b""
-        self.chunks: Any = None         # a coroutine function that reads the body piecewise, for routes that stream it
+        self.body: Any = b""
         self.route: Any = None
         self.arguments: tuple = ()
         self.started = time.monotonic_ns()
         self.keep = version == 1
         self.length: Optional[int] = None
         self.chunked = False
-        self.first: Optional[Request] = None    # the one whose head this one repeats
-        self.end_to_end: Optional[list] = None  # client_headers(), once somebody asked
 
-    def again(self, length: Optional[int]) -> "Request":
-        """Another request with the same head but for the length of its body."""
-        other = Request.__new__(Request)
-        other.method, other.target, other.path, other.query = self.method, self.target, self.path, self.query
-        other.version, other.headers, other.keep, other.chunked = self.version, self.headers, self.keep, self.chunked
-        other.body, other.chunks, other.route, other.arguments = b"", None, None, ()
-        other.length, other.started, other.first = length, time.monotonic_ns(), self
-        return other
+    @property
+    def text(self) -> str:
+        """The body for --debug."""
+        return self.body.decode("utf-8", "replace") if isinstance(self.body, bytes) else "(a stream)"
 
 
 class Response:
-    """What the client gets: a whole `body`, or a `pipe` fed by `reply`, with `first` bytes made already."""
-
-    __slots__ = ("status", "headers", "body", "media_type", "pipe", "reply", "first")
+    """What the client gets: a whole `body`, or `lines`, lists of pieces as they come (`length` bytes, if that is known)."""
 
     def __init__(self, status: int, body: bytes = b"", media_type: str = JSON, headers: Iterable = (),
-                 pipe: Any = None, reply: Optional[Reply] = None, first: bytes = b"") -> None:
+                 lines: Optional[Iterable] = None, length: Optional[int] = None) -> None:
         self.status, self.body, self.media_type, self.headers = status, body, media_type, tuple(headers)
-        self.pipe, self.reply, self.first = pipe, reply, first
+        self.lines, self.length = lines, length
+        self.reason = ""
 
 
 def json_response(value: Any, status: int = 200, headers: Iterable = ()) -> Response:
@@ -6102,14 +4867,13 @@ class Log:
 class Context:
     """What every operation may use, built once: configuration, target, catalogue, memory."""
 
-    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.target = config.destination
         self.log = Log(config)
         self.clock = Clock()
-        self.loop = loop
-        self.upstream = Upstream(config, loop)
-        self._asking = Upstream(config)         # for threads beside the loop: nothing of it is the loop's
+        self.watcher = Watcher()
+        self.upstream = Upstream(config)
         self.healer = Healer()
         self.keepsakes = Keepsakes()
         self.openers: set = set()       # models whose answers begin inside a think tag
@@ -6121,19 +4885,6 @@ class Context:
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
         self.memory: dict = {}          # answers of tags and show, by catalogue generation
         self._headers = self._own_headers()
-
-    async def speaks(self) -> str:
-        """api(), without blocking the loop."""
-        return self.known_api or await work(self.api)
-
-    async def find_model(self, name: str) -> ModelInfo:
-        """Catalogue.resolve(), without blocking the loop."""
-        return self.catalogue.resolve_at_once(name) or await work(self.catalogue.resolve, name)
-
-    async def models(self, details: bool = True) -> list[ModelInfo]:
-        """Catalogue.models(), without blocking the loop."""
-        known = self.catalogue.models_at_once(details)
-        return known if known is not None else await work(self.catalogue.models, details)
 
     def api(self) -> str:
         """What the target speaks, "openai" or "ollama": found out by asking, kept once it answered."""
@@ -6201,16 +4952,10 @@ class Context:
         return whole
 
     def fetch(self, native: bool, path: str, timeout: Optional[float]) -> tuple:
-        """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError.
-
-        It blocks, and is for threads beside the loop.
-        """
-        reply = drive(self._asking.open(self.target, "GET", self.path(native, path),
-                                        self.headers() + [("Accept", JSON)], b"", timeout))
-        try:
-            data = drive(reply.read(64 * 1024 * 1024))
-        finally:
-            reply.close()
+        """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError."""
+        with contextlib.closing(Scope(self)) as scope:
+            reply = scope.open(self.target, "GET", self.path(native, path), self.headers() + [("Accept", JSON)], b"", timeout)
+            data = reply.read(64 * 1024 * 1024)
         try:
             return reply.status, reply.headers, load(data)
         except (ValueError, RecursionError):
@@ -6228,36 +4973,12 @@ def is_real_key(authorization: str) -> bool:
     return scheme.lower() == "bearer" and key.strip().lower() not in _PLACEHOLDERS and len(key.strip()) >= 8
 
 
-class Scope:
-    """One request's claim on the outside: what it opened is closed at its end."""
-
-    __slots__ = ("context", "_replies")
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._replies: list = []
-
-    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any) -> Any:
-        """Upstream.open, for as long as the request lasts; to be awaited."""
-        return self.context.upstream.open(target, method, path, headers, body, opened=self._replies)
-
-    def close(self) -> None:
-        """Nothing more is read: connections go back to their pool before the client can ask again."""
-        for reply in self._replies:
-            if reply.body.done or not reply.ending:
-                reply.close()
-            else:
-                self.context.loop.spawn(reply.drain())
-        self._replies = []
-
-
-async def refusal(reply: Reply) -> UpstreamRefused:
+def refusal(reply: Reply) -> UpstreamRefused:
     """An error answer of the target, read and understood."""
     try:
-        data = await reply.read(MAX_ERROR_BYTES, cut=True)
+        data = reply.read(MAX_ERROR_BYTES, cut=True)
     except (StreamTruncated, BadUpstreamPayload):
         data = b""                      # the status is worth more than half a text
-    reply.close()
     try:
         body = load(data)
     except (ValueError, RecursionError):
@@ -6273,7 +4994,7 @@ async def refusal(reply: Reply) -> UpstreamRefused:
 _LOADING = re.compile(r"loading|warming up|starting up", re.I)
 
 
-async def send(scope: Scope, request: Request, dialect: Dialect, wire: WireRequest, model: str) -> Reply:
+def send(scope: Scope, request: Request, dialect: Dialect, wire: WireRequest, model: str) -> Reply:
     """One translated request to the target, healed and repeated where that helps.
 
     Raises the first refusal when nothing does.  A server that is still loading is waited for.
@@ -6288,20 +5009,20 @@ async def send(scope: Scope, request: Request, dialect: Dialect, wire: WireReque
     context.healer.apply(where, context.target.preset, body)
     patient_until = time.monotonic() + context.config.timeout
     while True:
-        data = dump_long(body) if len(request.body) > LONG_TEXT else dump(body)
+        data = dump(body)
         if context.log.debugging:
             context.log.debug(f"POST {context.target.scheme}://{context.target.authority}{path} - Request: {data.decode()}")
-        reply = await scope.open(context.target, "POST", path, headers, data)
+        reply = scope.open(context.target, "POST", path, headers, data)
         if reply.status < 300:
             if tried:
                 context.healer.remember(where, lessons)
             return reply
-        error = await refusal(reply)
+        error = refusal(reply)
         context.log.debug(f"Target response: {error.status} {error.message}")
         loading = error.status == 503 and (_LOADING.search(error.message) or "model_loading" in str(error.body))
         if loading and time.monotonic() < patient_until:
             told = dict(error.headers).get("Retry-After", "")
-            await pause(min(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 30.0))
+            scope.pause(min(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 30.0))
             continue
         first = first or error
         if len(tried) >= 6 or not context.healer.heal(error, body, tried):
@@ -6351,22 +5072,22 @@ def thinks_always(config: Config, model: str) -> bool:
     return model.lower() in names or re.sub(":latest$", "", model.lower()) in names
 
 
-async def converse(request: Request, scope: Scope) -> Response:
+def converse(request: Request, scope: Scope) -> Response:
     """POST /api/chat, /api/generate, /v1/chat/completions, /v1/completions: the longest road, in order."""
     context = scope.context
     client, face = request.route.dialect, request.route.face
-    target = DIALECTS[context.known_api or await context.speaks()]
+    target = DIALECTS[context.api()]
     if client is target:
-        return await (relay_native if client is OLLAMA else relay_openai)(request, scope)
+        return (relay_native if client is OLLAMA else relay_openai)(request, scope)
     call = client.parse_chat(load_request(request.body), face)
-    info = await context.find_model(call.model)
+    info = context.catalogue.resolve(call.model)
     if not call.messages and call.prompt is None:
         return json_response(load_answer(call, context.clock.stamp().decode()))
     call = with_defaults(context.config, info.id, call)
     if context.config.generate_via == "completions" and call.face == "generate" and not call.images:
         call = as_continuation(call)
     if target is OLLAMA:
-        call = await for_ollama(call, info, context.config)
+        call = for_ollama(call, info, context.config)
     wired, messages = call, context.keepsakes.attach(call.messages)
     if info.id != call.model or messages is not call.messages:
         wired = call._replace(model=info.id, messages=messages)
@@ -6374,29 +5095,30 @@ async def converse(request: Request, scope: Scope) -> Response:
     wire = target.render_chat(wired, habits, info.context_now or info.context)
     sent = time.monotonic_ns()
     try:
-        reply = await send(scope, request, target, wire, info.id)
+        reply = send(scope, request, target, wire, info.id)
     except UpstreamRefused as error:
         if error.status != 404 or wire.path != "/chat/completions" or call.face != "generate" \
                 or "model" in error.message.lower():
             raise
         wire = target.render_chat(as_continuation(wired), habits, info.context)
-        reply = await send(scope, request, target, wire, info.id)
+        reply = send(scope, request, target, wire, info.id)
     config = context.config
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
-    decoder = target.Decoder(wired, info.id in context.openers or bool(setting_for(config, info.id, "open_think")))
-    witness, shape = Witness(context, info.id, decoder), event_filter(config, call)
+    decoder = target.Decoder(wired)
+    steps = steps_for(config, call, decoder, info.id in context.openers or bool(setting_for(config, info.id, "open_think")))
+    witness = Witness(context, info.id, steps)
     if not call.stream:
-        return whole_answer(await reply.read(), decoder, encoder, witness, shape, context.log, request.started)
-    pipe = Pipe(decoder, encoder, shape, request.version == 1, context.log.tap, redact=context.log.redact, witness=witness)
-    return Response(200, media_type=pipe.media_type, pipe=pipe, reply=reply, first=await peek(reply, pipe, context.log.tap))
+        return whole_answer(reply.read(), decoder, encoder, witness, steps, context.log, request.started)
+    translation = Translation(decoder, encoder, steps, witness, context.log.redact, context.log.tap)
+    return Response(200, media_type=encoder.media_type, lines=begun(translation.lines(reply.pieces())))
 
 
 class Witness:
     """Called with all events of an answer; notes what later requests profit from: provider extras of tool
     calls, models that think, models whose answers begin inside a think tag."""
 
-    def __init__(self, context: Context, model: str, decoder: Any) -> None:
-        self._context, self._model, self._decoder = context, model, decoder
+    def __init__(self, context: Context, model: str, steps: list) -> None:
+        self._context, self._model, self._tags = context, model, next((step for step in steps if isinstance(step, ThinkTags)), None)
         self._thought = False
 
     def __call__(self, events: list) -> None:
@@ -6407,26 +5129,25 @@ class Witness:
                 self._context.catalogue.note_thinking(self._model)
             elif kind is ToolCalls:
                 self._context.keepsakes.keep(event.calls)
-            elif kind is Finish and self._decoder.begins_inside is not None:
+            elif kind is Finish and self._tags is not None and self._tags.begins_inside is not None:
                 openers = self._context.openers
-                (openers.add if self._decoder.begins_inside else openers.discard)(self._model)
+                (openers.add if self._tags.begins_inside else openers.discard)(self._model)
 
 
-def event_filter(config: Config, call: ChatCall) -> Optional[Callable]:
-    """What happens to events between the dialects; nothing, as a rule.
-
-    `think: false` hides all thinking (upstreams rule 60), JSON is bare (clients rule 20), and stop strings
-    beyond the fourth are watched for here (upstreams rule 9).
-    """
-    steps: list = []
-    mode = "drop" if call.think is False else config.reasoning
+def steps_for(config: Config, call: ChatCall, decoder: Any, opened: bool) -> list:
+    """What happens to events between the dialects: JSON is bare (clients rule 20), stop strings beyond the fourth are
+    watched for here (upstreams rule 9), `think: false` hides all thinking (rule 60)."""
+    last, mode, steps = call.messages[-1] if call.messages else None, "drop" if call.think is False else config.reasoning, []
+    tagged = isinstance(decoder, OpenAIDecoder)
+    if tagged and last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+        steps.append(Prefill(last.content))
+    if tagged:
+        steps.append(ThinkTags(decoder, opened))
     if call.format is not None:
-        steps.append(TextFilter(Fence()))
+        steps.append(Fence())
     if len(call.options.get("stop", ())) > 4:
-        steps.append(TextFilter(StopStrings(call.options["stop"])))
-    if mode != "separate":
-        steps.append(ReasoningFilter(mode))
-    return in_turn(steps)
+        steps.append(StopStrings(call.options["stop"]))
+    return steps + ([Reasoning(mode)] if mode != "separate" else [])
 
 
 def setting_for(config: Config, model: str, key: str) -> Any:
@@ -6442,33 +5163,19 @@ def as_continuation(call: ChatCall) -> ChatCall:
                          messages=(), tools=())
 
 
-async def for_ollama(call: ChatCall, info: ModelInfo, config: Config) -> ChatCall:
+def for_ollama(call: ChatCall, info: ModelInfo, config: Config) -> ChatCall:
     """What an Ollama needs that OpenAI clients do not say: thinking for its models, pictures as bytes."""
     if call.think is None and thinks_always(config, info.id):
         call = call._replace(think=True)
     messages = list(call.messages)
     for at, message in enumerate(messages):
         if any(image.url for image in message.images):
-            images = [await work(fetch_image, image.url, config) if image.url else image for image in message.images]
+            images = [fetch_image(image.url, config) if image.url else image for image in message.images]
             messages[at] = message._replace(images=tuple(images))
     return call._replace(messages=tuple(messages))
 
 
-async def peek(reply: Reply, pipe: Pipe, tap: Optional[Callable]) -> bytes:
-    """Reads until the first event is known, so that an early failure still is an HTTP status.
-
-    Returns the client bytes made so far.  Raises what broke.
-    """
-    while True:
-        data = b"" if reply.body.done else reply.take_rest() or await reply.receive()
-        out = translate(reply.body, pipe, data, tap)
-        if pipe.started:
-            return out
-        if not data:
-            raise StreamTruncated("upstream sent an empty response")
-
-
-def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, shape: Optional[Callable], log: Log,
+def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, steps: list, log: Log,
                  started: int) -> Response:
     """stream:false, whatever the target sent: one document, or a stream all the same."""
     def took() -> str:
@@ -6484,37 +5191,39 @@ def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, sha
         events = decoder.decode_body(answer)
     else:
         events = decoder.feed(data) + decoder.close()
+    for step in steps:
+        events = step(events)
     witness(events)
-    response = Response(200, encoder.fold(shape(events) if shape else events))
+    response = Response(200, encoder.fold(events))
     if log.debugging:
         log.debug(f"Ollama response: {response.body.decode()} {took()}")
     return response
 
 
-async def find_model_as(context: Context, name: str, wording: str) -> ModelInfo:
+def find_model_as(context: Context, name: str, wording: str) -> ModelInfo:
     """Context.find_model with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
     try:
-        return await context.find_model(name)
+        return context.catalogue.resolve(name)
     except BadRequest as error:
         if error.status != 404:
             raise
         raise BadRequest(wording.format(name=name), 404, code="model_not_found") from None
 
 
-async def embed(request: Request, scope: Scope) -> Response:
+def embed(request: Request, scope: Scope) -> Response:
     """POST /api/embed, /api/embeddings, /v1/embeddings."""
     context, client = scope.context, request.route.dialect
-    target = DIALECTS[context.known_api or await context.speaks()]
+    target = DIALECTS[context.api()]
     if client is target:
-        return await (relay_native if client is OLLAMA else relay_openai)(request, scope)
+        return (relay_native if client is OLLAMA else relay_openai)(request, scope)
     call = client.parse_embed(load_request(request.body), request.route.face == "legacy")
-    info = await find_model_as(context, call.model, 'model "{name}" not found, try pulling it first')
+    info = find_model_as(context, call.model, 'model "{name}" not found, try pulling it first')
     if not call.inputs:
         return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
     if call.keep_alive is None:
         call = call._replace(keep_alive=setting_for(context.config, info.id, "keep_alive"))
     wire = target.render_embed(call._replace(model=info.id), context.habits())
-    data = await (await send(scope, request, target, wire, info.id)).read()
+    data = (send(scope, request, target, wire, info.id)).read()
     vectors_apart: list = []
     try:
         floats_needed = call.base64 or _VECTOR_PER_TOKEN.search(data)
@@ -6589,56 +5298,56 @@ def from_memory(context: Context, key: tuple, make: Callable) -> Response:
     return Response(200, known[1])
 
 
-async def list_models(request: Request, scope: Scope) -> Response:
+def list_models(request: Request, scope: Scope) -> Response:
     """GET /api/tags."""
     context = scope.context
-    if (context.known_api or await context.speaks()) == "ollama":
-        return await relay_native(request, scope)
-    models = await context.models()
+    if context.api() == "ollama":
+        return relay_native(request, scope)
+    models = context.catalogue.models()
     return from_memory(context, ("tags",), lambda: {"models": [ollama_tag(info) for info in models]})
 
 
-async def list_running(request: Request, scope: Scope) -> Response:
+def list_running(request: Request, scope: Scope) -> Response:
     """GET /api/ps: what the target reports as loaded; the whole list where it reports no state."""
     context = scope.context
-    if (context.known_api or await context.speaks()) == "ollama":
-        return await relay_native(request, scope)
-    models = await context.models()
+    if context.api() == "ollama":
+        return relay_native(request, scope)
+    models = context.catalogue.models()
     known = any(info.running is not None for info in models)
     now = context.clock.wall()
     return json_response({"models": [ollama_running(info, now) for info in models if info.running or not known]})
 
 
-async def show_model(request: Request, scope: Scope) -> Response:
+def show_model(request: Request, scope: Scope) -> Response:
     """POST /api/show from what is known; it never loads a model."""
     context = scope.context
-    if await context.speaks() == "ollama":
-        return await relay_native(request, scope)
+    if context.api() == "ollama":
+        return relay_native(request, scope)
     name = require_model(load_request(request.body))
     if not name:
         raise BadRequest("model is required")
-    await context.models()
-    info = await find_model_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
+    context.catalogue.models()
+    info = find_model_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
     base = info.alias or info.shown or info.id
     return from_memory(context, ("show", info.id, base), lambda: ollama_show(
         info, re.sub(":latest$", "", base), context.config.default_context))
 
 
-async def pull_model(request: Request, scope: Scope) -> Response:
+def pull_model(request: Request, scope: Scope) -> Response:
     """POST /api/pull: success for a model that is there already, because that is true; else not ours to do."""
     context = scope.context
-    if await context.speaks() == "ollama":
-        return await relay_native(request, scope)
+    if context.api() == "ollama":
+        return relay_native(request, scope)
     body = load_request(request.body)
     name = require_model(body)
     if not name:
         raise BadRequest("invalid model name")
     try:
-        info = await context.find_model(name)
+        info = context.catalogue.resolve(name)
     except BadRequest:
-        return await unsupported(request, scope)
+        return unsupported(request, scope)
     if not info.raw:                    # taken on trust: nobody has seen it in a list
-        return await unsupported(request, scope)
+        return unsupported(request, scope)
     if not field(body, "stream", bool, True):
         return json_response({"status": "success"})
     digest = "sha256:" + digest_of(info.id)
@@ -6654,33 +5363,33 @@ _VERBS = {"create": "creating models", "copy": "copying models", "delete": "dele
           "signout": "signing out"}
 
 
-async def unsupported(request: Request, scope: Scope) -> Response:
+def unsupported(request: Request, scope: Scope) -> Response:
     """What only a real Ollama can do: relayed to one where there is one, else an honest 501."""
     context = scope.context
-    if await context.speaks() == "ollama":
-        return await relay_native(request, scope)
+    if context.api() == "ollama":
+        return relay_native(request, scope)
     if context.fallback is not None:
-        return await relay(scope, request, context.fallback, context.fallback.root + request.path,
-                           request.chunks or request.body, key=False)
+        return relay(scope, request, context.fallback, context.fallback.root + request.path,
+                           request.body, key=False)
     verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
     raise BadRequest(f"{_VERBS.get(verb, request.path)} is not supported by this proxy: the models live on "
                      f"{context.target.url} (--fallback URL sends such requests to a real Ollama)", 501)
 
 
-async def list_openai_models(request: Request, scope: Scope) -> Response:
+def list_openai_models(request: Request, scope: Scope) -> Response:
     """GET /v1/models: the target's own list, unless there is something to hide or to add."""
     context = scope.context
-    api = await context.speaks()
+    api = context.api()
     if api == "openai" and not context.catalogue.filtered:
-        return await relay_openai(request, scope)
-    return json_response({"object": "list", "data": [openai_entry(info, api) for info in await context.models(False)]})
+        return relay_openai(request, scope)
+    return json_response({"object": "list", "data": [openai_entry(info, api) for info in context.catalogue.models(False)]})
 
 
-async def show_openai_model(request: Request, scope: Scope) -> Response:
+def show_openai_model(request: Request, scope: Scope) -> Response:
     """GET /v1/models/{id}, which several servers lack, out of the list."""
     context = scope.context
-    api, name = await context.speaks(), urllib.parse.unquote("/".join(request.arguments))
-    info = await context.find_model(name)
+    api, name = context.api(), urllib.parse.unquote("/".join(request.arguments))
+    info = context.catalogue.resolve(name)
     return json_response({**openai_entry(info, api), "id": name if api == "ollama" else info.alias or info.id})
 
 
@@ -6696,13 +5405,6 @@ def openai_entry(info: ModelInfo, api: str) -> dict:
 
 def client_headers(request: Request) -> list:
     """The headers of a client that may travel on."""
-    known = request.first or request
-    if known.end_to_end is None:
-        known.end_to_end = _end_to_end(request)
-    return known.end_to_end
-
-
-def _end_to_end(request: Request) -> list:
     listed = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
     return [(name, value) for name, value in request.headers.items()
             if name not in HOP_BY_HOP and name not in PRIVATE_HEADERS and name not in listed and name != "user-agent"
@@ -6720,7 +5422,7 @@ def answer_headers(reply: Reply) -> list:
             if name not in _ANSWER_HEADERS_DROPPED and name not in listed and not name.startswith("access-control-")]
 
 
-async def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, key: bool = True,
+def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, key: bool = True,
                 heal: Optional[Callable] = None) -> Response:
     """One request passed on and its answer passed back, streams byte for byte.
 
@@ -6735,10 +5437,10 @@ async def relay(scope: Scope, request: Request, target: Target, path: str, body:
         if context.log.debugging and isinstance(body, bytes):
             context.log.debug(f"{request.method} {target.scheme}://{target.authority}{whole} - Request: "
                               f"{body.decode('utf-8', 'replace')}")
-        reply = await scope.open(target, request.method, whole, headers + client_headers(request), body)
+        reply = scope.open(target, request.method, whole, headers + client_headers(request), body)
         if reply.status < 400:
             break
-        error = await refusal(reply)
+        error = refusal(reply)
         again = heal(error) if heal is not None and error.status in (400, 422) else None
         if again is None:
             context.log.debug(f"Target response: {error.status} {error.message}")
@@ -6750,15 +5452,22 @@ async def relay(scope: Scope, request: Request, target: Target, path: str, body:
     media_type = reply.content_type or "application/octet-stream"
     length = reply.headers.get("content-length")
     counted = int(length) if length is not None and "content-encoding" not in reply.headers else None
-    if request.method == "HEAD" or reply.body.done or (counted is not None and counted <= RELAY_WHOLE):
-        data = await reply.read()
+    if request.method == "HEAD" or reply.done or (counted is not None and counted <= RELAY_WHOLE):
+        data = reply.read()
         if context.log.debugging:
             took = (time.monotonic_ns() - request.started) // 1_000_000
             context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {took}ms)")
         return Response(reply.status, data, media_type, answer_headers(reply))
-    chunks = reply.body.keep_chunks() if counted is None and request.version == 1 and not context.log.debugging else None
-    pipe = RelayPipe(media_type, counted, request.version == 1, chunks)
-    return Response(reply.status, media_type=media_type, headers=answer_headers(reply), pipe=pipe, reply=reply)
+    return Response(reply.status, media_type=media_type, headers=answer_headers(reply), lines=begun([piece] for piece in tapped(reply.pieces(), context.log.tap)),
+                    length=counted)
+
+
+def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
+    """The pieces of a relayed answer, shown to --debug."""
+    for piece in pieces:
+        if tap is not None:
+            tap("Target chunk", piece)
+        yield piece
 
 
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -6788,24 +5497,24 @@ _TOP_MODEL = re.compile(rb'"model"\s*:')
 _NAMING = ("model", "name", "source", "from")
 
 
-async def relay_openai(request: Request, scope: Scope) -> Response:
+def relay_openai(request: Request, scope: Scope) -> Response:
     """/v1/* between an OpenAI client and a target that speaks it: only the model's name and the key change."""
     context = scope.context
-    native = (context.known_api or await context.speaks()) == "ollama"
+    native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     data, body = request.body, None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if data and media_type == "multipart/form-data":
         if context.catalogue.filtered:
             found = re.search(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n', data)
-            await context.find_model(found[1].decode("utf-8", "replace") if found else "")
+            context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
     elif data and (request.method == "POST" or context.catalogue.filtered):
         body = load_request(data)
         if context.catalogue.filtered:
             data = unambiguous(data, body)
         name = body.get("model")
         if isinstance(name, str) and name:
-            info = await context.find_model(name)
+            info = context.catalogue.resolve(name)
             if info.id != name:
                 data = with_model(data, body, info.id)
                 body["model"] = info.id
@@ -6824,17 +5533,17 @@ async def relay_openai(request: Request, scope: Scope) -> Response:
                 found = _MESSAGE_DROPS[key](body, key) or found
         return dump(body) if found else None
 
-    return await relay(scope, request, context.target, path, data, heal=heal)
+    return relay(scope, request, context.target, path, data, heal=heal)
 
 
-async def relay_native(request: Request, scope: Scope) -> Response:
+def relay_native(request: Request, scope: Scope) -> Response:
     """/api/* between an Ollama client and an Ollama: as it is, but for names, think and --set."""
     context = scope.context
     path = context.path(True, request.path)
     if request.route.operation in (list_models, list_running) and context.catalogue.filtered:
-        return await work(filtered_native, context, request.path)
+        return filtered_native(context, request.path)
     injected = False
-    data, body = request.chunks or request.body, None
+    data, body = request.body, None
     if isinstance(data, bytes) and data and not request.route.face and context.catalogue.filtered:
         named = load_request(data)
         data = unambiguous(data, named)
@@ -6843,7 +5552,7 @@ async def relay_native(request: Request, scope: Scope) -> Response:
                 raise model_not_found(named[key])
     if isinstance(data, bytes) and data and request.route.face:
         body = load_request(data)
-        data, injected = await native_body(context, request, body)
+        data, injected = native_body(context, request, body)
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
@@ -6851,10 +5560,10 @@ async def relay_native(request: Request, scope: Scope) -> Response:
             return dump(body)
         return None
 
-    return await relay(scope, request, context.target, path, data, heal=heal)
+    return relay(scope, request, context.target, path, data, heal=heal)
 
 
-async def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
+def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
     """A native request with names resolved and defaults filled in -> (body, whether think was injected);
     untouched bytes when there is nothing to do.  Changes `body`, too."""
     config = context.config
@@ -6862,7 +5571,7 @@ async def native_body(context: Context, request: Request, body: dict) -> tuple[b
     before = dict(body)
     name = require_model(body)
     try:
-        info = await context.find_model(name) if name else None
+        info = context.catalogue.resolve(name) if name else None
     except BadRequest:
         if context.catalogue.filtered:
             raise
@@ -6955,7 +5664,7 @@ def refuse_private(address: str) -> None:
 DIALECTS = {"ollama": OLLAMA, "openai": OPENAI}
 
 # ----------------------------------------------------------------------------
-# Room 14.  Routes: the dispatch table
+# Room 13.  Routes: the dispatch table
 # ----------------------------------------------------------------------------
 
 
@@ -7027,7 +5736,7 @@ def clean_path(path: str) -> str:
     return "/v1" + path if path in _ROOT_ALIASES else path
 
 
-async def match(request: Request, context: Context) -> Route:
+def match(request: Request, context: Context) -> Route:
     """The row for a request.  Raises BadRequest 404, or 405 with Allow."""
     method = "GET" if request.method == "HEAD" else request.method
     route = ROUTES.get((method, request.path))
@@ -7048,7 +5757,7 @@ async def match(request: Request, context: Context) -> Route:
     if request.path.startswith("/api/blobs/"):
         raise BadRequest("method not allowed", 405, [("Allow", "HEAD, POST, OPTIONS")])
     if request.path.startswith("/api/") and request.method in RELAYED_METHODS \
-            and (context.fallback is not None or await context.speaks() == "ollama"):
+            and (context.fallback is not None or context.api() == "ollama"):
         return Route(unsupported)
     raise BadRequest(f"{one_line(request.path, 100)} not found", 404)
 
@@ -7072,7 +5781,7 @@ class AnthropicErrors:
         return {"type": "error", "error": {"type": cls._TYPES.get(error.status, "api_error"), "message": error.message}}
 
 # ----------------------------------------------------------------------------
-# Room 15.  HTTP server: sockets to Request, Response to sockets
+# Room 14.  HTTP server: sockets to Request, Response to sockets
 #
 # The server accepts and counts; every connection is one task of the loop (room 9).  Heads are
 # parsed here, strictly (RFC 9112): http.server's own parser forgives what smuggles requests.
@@ -7083,26 +5792,6 @@ _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r
 _FIELD = re.compile(rb"([^:]+):[\t ]*([^\r]*?)[\t ]*\r\n")
 _ONCE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"origin",
                    b"expect"))
-
-
-_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
-_KNOWN_HEADS: dict = {}                 # heads without the number of their Content-Length -> Request
-
-
-def read_request_head(head: bytes) -> Request:
-    """parse_request_head(), remembered: a client's requests differ in the length of their bodies alone."""
-    length = _LENGTH.search(head)
-    if length is None and b"length" in head.lower():
-        return parse_request_head(head)         # written in a way of its own: not to be mixed up with others
-    key = head[:length.start(1)] + head[length.end(1):] if length else head
-    known = _KNOWN_HEADS.get(key)
-    if known is None:
-        known = parse_request_head(head)
-        if len(head) < 4096:
-            if len(_KNOWN_HEADS) >= 512:
-                _KNOWN_HEADS.clear()
-            _KNOWN_HEADS[key] = known
-    return known.again(int(length[1]) if length else None)
 
 
 def parse_request_head(head: bytes) -> Request:
@@ -7224,48 +5913,81 @@ def preflight_headers(request: Request) -> list:
     return headers
 
 
-class ProxyServer(http.server.ThreadingHTTPServer):
-    """Accepts connections, counts them, and gives each a task of the loop.
+class Intake:
+    """What a client sends: read up to an absolute `deadline`, whatever drips in meanwhile."""
 
-    serve_forever() runs the loop in the caller's thread until shutdown().
-    """
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.deadline = 0.0
+        self.buffer = b""               # has come, was not asked for yet
+
+    def receive(self) -> bool:
+        """More bytes into `buffer`; False when the client sends no more.
+
+        Raises BadRequest 408 when the time is over, ClientGone when the connection breaks.
+        """
+        try:
+            self._sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+            data = self._sock.recv(1 << 16)
+        except socket.timeout:
+            raise BadRequest("the client took too long to send its request", 408, close=True) from None
+        except OSError:
+            raise ClientGone("client closed the connection") from None
+        self.buffer = self.buffer + data if self.buffer else data
+        return bool(data)
+
+    def take(self, most: int) -> bytes:
+        """Some bytes, `most` at most; none when the client sends no more.  Raises as receive()."""
+        if not self.buffer:
+            self.receive()
+        data, self.buffer = self.buffer[:most], self.buffer[most:]
+        return data
+
+    def head(self) -> Optional[bytes]:
+        """One request head without its empty line; None when the client left.  Raises as receive(), and BadRequest."""
+        while True:
+            data = self.buffer
+            begun = data.lstrip(b"\r\n") if data[:2] == b"\r\n" else data   # RFC 9112 section 2.2: empty lines before a request
+            if len(data) - len(begun) > 16:
+                raise BadRequest("malformed request line", close=True)
+            end = begun.find(b"\r\n\r\n")
+            if max(end, 0 if end >= 0 else len(begun)) > MAX_HEAD_BYTES:
+                raise BadRequest("request head too large", 431, close=True)
+            if end >= 0:
+                self.buffer = begun[end + 4:]
+                return begun[:end + 2]
+            if re.search(rb"(?<!\r)\n", begun):
+                raise BadRequest("bare line feed in the request head", close=True)
+            if begun[:1] == b"\x16":
+                raise BadRequest("this is plain HTTP, not TLS", close=True)
+            if not self.receive():
+                return None
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """A thread for every connection; counts connections and calls, and ends well."""
 
     request_queue_size = 512            # hundreds of clients connect at once when an editor starts
+    daemon_threads = True
     allow_reuse_address = os.name == "posix"    # on Windows it would let two servers share the port
 
     def __init__(self, context: Context, address: tuple[str, int], listener: Optional[socket.socket] = None) -> None:
         self.context = context
-        self.loop = context.loop
         self.draining = False
-        self.most_connections = context.config.max_connections
-        if selectors.DefaultSelector is selectors.SelectSelector:
-            self.most_connections = min(self.most_connections, 240)     # Windows selects among 512 sockets
-        self.connections = 0
-        self.calls = 0                  # requests being answered
-        self.idle: set = set()          # kept connections without a request
-        self._ended = threading.Event()
-        self._all_answered = threading.Event()
+        self.connections = self.calls = 0       # `calls` are requests being answered
+        self.idle: set = set()                  # kept connections without a request
+        self.changed = threading.Condition()    # guards these three
         host, port = address
         if ":" in host or (host == "" and socket.has_dualstack_ipv6()):
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), ProxyHandler, bind_and_activate=False)
+        super().__init__((host, port), ProxyHandler, bind_and_activate=listener is None)
         if listener is not None:
             self.socket.close()
             self.socket, self.server_address = listener, listener.getsockname()
-        else:
-            try:
-                self.server_bind()
-                self.server_activate()
-            except OSError:
-                self.server_close()
-                raise
-        self.socket.setblocking(False)  # several workers may race for one connection
+        self.socket.setblocking(False)          # several workers may race for one connection
         self.server_name, self.server_port = self.server_address[:2]
         self.loopback = is_loopback(self.server_name)
         self.own_names = frozenset(("localhost", socket.gethostname().lower()))
-        self.head_cache = (0, b"")
-        self.heads: dict = {}
-        self._hosts: dict = {}
         self.tls = server_tls(context.config)
 
     def server_bind(self) -> None:
@@ -7276,106 +5998,79 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         http.server.socketserver.TCPServer.server_bind(self)
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Runs the loop; `poll_interval` is the base class's, and not needed."""
-        self.loop.spawn(self._accept())
+    def get_request(self) -> tuple:
+        """accept(); out of descriptors the listener stays ready: do not spin."""
         try:
-            self.loop.run()
-        except Exception as error:      # noqa: BLE001  the boundary of this thread
-            complain(error)
-        finally:
-            self._ended.set()
-
-    @property
-    def has_ended(self) -> bool:
-        """The loop runs no more."""
-        return self._ended.is_set()
-
-    def shutdown(self) -> None:
-        """Stops the loop, from another thread."""
-        self.loop.stop()
-        self._ended.wait()
-
-    async def _accept(self) -> None:
-        while not self.draining:
-            await wait(self.socket, READ, 1e9)
-            try:
-                for _ in range(32):     # then those who are here already have their turn
-                    self.process_request(*self.get_request())
-            except (BlockingIOError, ConnectionError):
-                pass                    # no more of them, or one that left before it came in
-            except OSError:
-                await pause(0.05)       # out of descriptors the listener stays ready: do not spin
-            except Exception as error:  # noqa: BLE001  a bug with one connection
-                complain(error)
+            return super().get_request()
+        except BlockingIOError:
+            raise
+        except OSError:
+            time.sleep(0.05)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A connection begins."""
-        if self.connections >= self.most_connections:
-            self._turn_away(request)
-            return
-        self.connections += 1
-        try:
+        """A connection begins: in a thread of its own, or not at all."""
+        with self.changed:
+            self.connections += 1
+            too_many = self.connections > self.context.config.max_connections
+        if too_many:
+            body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
             request.setblocking(False)
-            if self.tls is not None:
-                request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            handler = ProxyHandler(request, client_address, self)
-        except OSError:                 # a client that left at once
-            self.ended(request)
+            try:
+                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+                             b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            except OSError:
+                pass
+            self.shutdown_request(request)
         else:
-            self.loop.spawn(handler.run(), request)
+            super().process_request(request, client_address)
 
-    def _turn_away(self, request: Any) -> None:
-        """503 for one client too many; never waits for it."""
-        body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
-        try:
-            request.setblocking(False)
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        except OSError:
-            pass
-        close_quietly(request)
-
-    def ended(self, request: Any) -> None:
-        """A connection is over."""
-        self.idle.discard(request)
-        self.loop.forget(request)
+    def shutdown_request(self, request: Any) -> None:
+        """A connection ends."""
+        with self.changed:
+            self.connections -= 1
         shut(request)
         close_quietly(request)
-        self.connections -= 1
 
-    def knows_host(self, host: str) -> bool:
-        """host_allowed(), remembered for the few names that clients use."""
-        known = self._hosts.get(host)
-        if known is None:
-            if len(self._hosts) > 256:
-                self._hosts.clear()
-            known = self._hosts[host] = host_allowed(host, self.own_names)
-        return known
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is no news; a bug of ours is."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (OSError, ClientGone)):
+            complain(error)
 
-    # -- the end of the process
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """One request being answered."""
+        with self.changed:
+            self.calls += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.calls -= 1
+                self.changed.notify_all()
 
-    def call_ended(self) -> None:
-        """A request was answered."""
-        self.calls -= 1
-        if self.draining and self.calls <= 0:
-            self._all_answered.set()
+    @contextlib.contextmanager
+    def waiting(self, sock: Any) -> Iterator[bool]:
+        """A connection between two requests; not while the server drains."""
+        with self.changed:
+            self.idle.add(sock)
+            open_ = not self.draining
+        try:
+            yield open_
+        finally:
+            with self.changed:
+                self.idle.discard(sock)
 
     def drain(self, seconds: float) -> None:
-        """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`, ends the loop."""
-        self.loop.post(self._close_door)
-        self._all_answered.wait(seconds)
-        self.loop.stop()
-        self._ended.wait(1.0)
-
-    def _close_door(self) -> None:
-        self.draining = True
-        self.loop.forget(self.socket)
-        self.socket.close()
-        for sock in list(self.idle):
-            shut(sock)
-        if self.calls <= 0:
-            self._all_answered.set()
+        """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`."""
+        self.shutdown()
+        self.server_close()
+        with self.changed:
+            self.draining = True
+            for sock in self.idle:
+                shut(sock)
+            self.changed.wait_for(lambda: not self.calls, seconds)
 
 
 def server_tls(config: Config) -> Any:
@@ -7393,106 +6088,90 @@ def server_tls(config: Config) -> Any:
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """One client connection.  _serve_one is one request, read aloud."""
+    """One client connection.  handle_one_request is one request, read aloud."""
 
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
-        """Plain sockets instead of files: one read for a head, one write for an answer."""
-        self.connection = self.request
-        self.context = self.server.context
+        """TLS where it is wanted.  Plain sockets instead of files: reads have deadlines, an answer is one write."""
+        self.connection, self.context = self.request, self.server.context
         self.patience = self.context.config.client_timeout
-        self._buffer = b""
-        self._unread = False
-        self._sent = 0
-        self._cors: list = []
+        self.connection.settimeout(self.patience)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.server.tls is not None:
+            self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
+        self.intake = Intake(self.connection)
 
     def finish(self) -> None:
-        """Nothing to flush."""
+        """Closes the TLS socket, which has taken the plain one over."""
+        if self.connection is not self.request:
+            shut(self.connection)
+            close_quietly(self.connection)
 
-    def handle(self) -> None:
-        """Nothing yet: the server gives run() to the loop."""
-
-    async def run(self) -> None:
-        """Requests, one after another, until one side has enough."""
-        try:
-            if self.server.tls is not None:
-                await self._shake_hands()
-            while await self._serve_one():
-                if self._buffer:        # the client has sent more already: the others come first
-                    await wait(self.connection, WRITE, self.patience)
-        except (OSError, Expired, ClientGone):
-            pass                        # the client is gone; whoever cared has logged it
-        finally:
-            self.server.ended(self.connection)
-
-    async def _shake_hands(self) -> None:
-        until = time.monotonic() + self.patience
-        while True:
+    def handle_one_request(self) -> None:
+        """One request from its first byte to its access line."""
+        self.close_connection, self._cors, self._sent, self._unread = True, [], 0, True
+        request: Optional[Request] = None
+        with self.server.waiting(self.connection) as may_come:
+            self.intake.deadline = time.monotonic() + self.patience
             try:
-                return self.connection.do_handshake()
-            except OSError as error:
-                if not unready(error):
-                    raise
-                await wait(self.connection, unready(error), until - time.monotonic())
+                if not may_come or not (self.intake.buffer or self.intake.receive()):
+                    return
+            except ProxyError:          # gone, or silent for too long: nobody asked anything
+                return
+        self.intake.deadline = time.monotonic() + self.patience
+        with self.server.counted():
+            try:
+                if not self.parse_request():
+                    return
+                request = self.ask
+                with contextlib.closing(Scope(self.context, self.connection)) as scope:
+                    self._answer(request, scope)
+            except ClientGone as gone:
+                self._log(request, gone.status)
+            except BadRequest as error:     # a head that cannot be trusted
+                request = Request("BAD", "/", 1, {})
+                self._unread, request.keep = True, False
+                self._send(request, self._error_response(None, error))
+            except OSError:
+                self._log(request, ClientGone.status)
+            if self.close_connection and self._unread:
+                self._linger()
 
-    async def _serve_one(self) -> bool:
-        """One request from head to access line; returns whether another may follow."""
+    def _answer(self, request: Request, scope: Scope) -> None:
         try:
-            head = await self._read_head()
-            if head is None:
-                return False
-            request = read_request_head(head)
-        except BadRequest as error:
-            return await self._refuse_framing(error)
-        self.server.calls += 1
-        scope = Scope(self.context)
-        self._cors, self._sent = [], 0
-        self._unread = bool(request.length or request.chunked)
-        try:
-            try:
-                response = await self._respond(request, scope)
-            except ClientGone:
-                raise
-            except ProxyError as error:
-                if not request.path.startswith("/v1"):
-                    error = blame_our_key(self.context, error, request)
-                response = self._error_response(request, error)
-            except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
-                complain(error)
-                response = self._error_response(request, ProxyError("internal error"))
-            try:
-                try:
-                    return await self._send(request, response)
-                except UpstreamError as error:      # a relayed answer that breaks before a byte of it was sent
-                    return await self._send(request, self._error_response(request, error))
-            except (OSError, Expired):
-                raise ClientGone("client closed the connection") from None
-        except ClientGone as gone:
-            return await self._done(request, gone.status, self._sent, False)
-        except Exception as error:          # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
+            response = self._respond(request, scope)
+        except ClientGone:
+            raise
+        except ProxyError as error:
+            error = error if request.path.startswith("/v1") else blame_our_key(self.context, error, request)
+            response = self._error_response(request, error)
+        except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
             complain(error)
-            return await self._done(request, response.status, self._sent, False)
-        finally:
-            scope.close()
+            response = self._error_response(request, ProxyError("internal error"))
+        try:
+            self._send(request, response)
+        except (ClientGone, OSError):
+            raise
+        except Exception as error:      # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
+            complain(error)
+            self._log(request, response.status)
 
-    async def _respond(self, request: Request, scope: Scope) -> Response:
+    def _respond(self, request: Request, scope: Scope) -> Response:
         """framing was checked -> Host and Origin -> preflight -> key -> route -> body -> operation."""
         self._check_origin(request)
         if request.method == "OPTIONS":
             return Response(204, headers=preflight_headers(request))
         self._authorize(request)
-        route = request.route = ROUTES.get((request.method, request.path)) or await match(request, self.context)
-        if route.streams and (self.context.fallback is not None or await self.context.speaks() == "ollama"):
-            request.chunks = BodyReader(self, request, None).read
+        request.route = match(request, self.context)
+        if request.route.streams and (self.context.fallback is not None or self.context.api() == "ollama"):
+            request.body = self._body_pieces(request, None)
         elif self._unread:
-            request.body = await self._read_body(request)
-        if self.context.log.debugging:
-            body = f" - Body: {request.body.decode('utf-8', 'replace')}" if request.body else ""
-            self.context.log.debug(f"{request.method} {request.path}{body}")
-        response = route.operation(request, scope)
-        return response if isinstance(response, Response) else await response
+            request.body = self._whole_body(request)
+        log = self.context.log
+        if log.debugging:
+            log.debug(f"{request.method} {request.path}" + (f" - Body: {request.text}" if request.body else ""))
+        return request.route.operation(request, scope)
 
     # -- who may talk
 
@@ -7508,7 +6187,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
                 if request.method != "OPTIONS":
                     self._cors.append(("Access-Control-Expose-Headers", "*"))
-        if self.server.loopback and not self.server.knows_host(host):
+        if self.server.loopback and not host_allowed(host, self.server.own_names):
             raise BadRequest(f"host {one_line(host, 100)} is not allowed", 403)
 
     def _authorize(self, request: Request) -> None:
@@ -7524,89 +6203,55 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # -- reading
 
-    async def _read_head(self) -> Optional[bytes]:
-        """The bytes of one request head, without its empty line; None when the client has left."""
-        data = self._buffer
-        deadline, empty = 0.0, 0
-        while True:
-            while data[:2] == b"\r\n":          # RFC 9112 section 2.2: empty lines before a request
-                data, empty = data[2:], empty + 1
-                if empty > 8:
-                    raise BadRequest("malformed request line", close=True)
-            end = data.find(b"\r\n\r\n")
-            if end >= 0:
-                self._buffer = data[end + 4:]
-                if end > MAX_HEAD_BYTES:
-                    raise BadRequest("request head too large", 431, close=True)
-                return data[:end + 2]
-            if data:
-                if len(data) > MAX_HEAD_BYTES:
-                    raise BadRequest("request head too large", 431, close=True)
-                if b"\n" in data and re.search(rb"(?<!\r)\n", data):
-                    raise BadRequest("bare line feed in the request head", close=True)
-                if data[:1] == b"\x16":
-                    raise BadRequest("this is plain HTTP, not TLS", close=True)
-                now = time.monotonic()
-                deadline = deadline or now + self.patience
-                piece = await self.receive(deadline - now)
+    def parse_request(self) -> bool:
+        """Reads a head, strictly; self.ask is the Request.  False when the client left.  Raises BadRequest."""
+        head = self.intake.head()
+        if head is None:
+            return False
+        self.ask = parse_request_head(head)
+        self._unread = bool(self.ask.length or self.ask.chunked)
+        return True
+
+    def _body_pieces(self, request: Request, limit: Optional[int]) -> Iterator[bytes]:
+        """The body as it comes, framing off.  Raises BadRequest 400, 408 or 413, or ClientGone."""
+        left, decoder = request.length or 0, ChunkedDecoder(limit or 1 << 62) if request.chunked else None
+        if limit is not None and left > limit:
+            raise too_large(limit)
+        if request.version == 1 and request.headers.get("expect", "").lower() == "100-continue" and not self.intake.buffer:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        started, received = time.monotonic(), 0
+        while left or decoder is not None and not decoder.done:
+            self.intake.deadline = started + self.patience + received / BODY_BYTES_PER_SECOND
+            data = self.intake.take(left if decoder is None else 1 << 16)
+            if not data:
+                raise ClientGone("client left while sending its request")
+            received += len(data)
+            if decoder is None:
+                left -= len(data)
             else:
-                piece = await self._next_request()
-            if not piece:
-                self._buffer = b""
-                return None
-            data = data + piece if data else piece
+                try:
+                    data = decoder.feed(data)
+                except BodyTooLarge:
+                    raise too_large(limit or 0) from None
+                except ValueError as error:
+                    raise BadRequest(f"malformed chunked body: {error}", close=True) from None
+            if data:
+                yield data
+        if decoder is not None:
+            self.intake.buffer = decoder.rest + self.intake.buffer
+        self._unread = False
 
-    async def _next_request(self) -> bytes:
-        """The first bytes of another request, b"" when the client has left or was silent for too long."""
-        server, sock = self.server, self.connection
-        if server.draining:
-            return b""
-        server.idle.add(sock)
-        try:
-            return await receive(sock, self.patience)
-        except (OSError, Expired):
-            return b""
-        finally:
-            server.idle.discard(sock)
-
-    async def receive(self, patience: float) -> bytes:
-        """More bytes of a request.  Raises BadRequest 408 when the client is too slow, or ClientGone."""
-        try:
-            return await receive(self.connection, patience)
-        except Expired:
-            raise BadRequest("the client took too long to send its request", 408, close=True) from None
-        except OSError:
-            raise ClientGone("client closed the connection") from None
-
-    def take_buffer(self) -> bytes:
-        """Bytes that arrived together with what was read last."""
-        data, self._buffer = self._buffer, b""
-        return data
-
-    def put_back(self, data: bytes) -> None:
-        """The body has ended; `data` came after it."""
-        self._buffer, self._unread = data, False
-
-    async def _read_body(self, request: Request) -> bytes:
-        """The whole body, unpacked.  Raises BadRequest 400, 408, 413 or 415."""
+    def _whole_body(self, request: Request) -> bytes:
         limit = self.context.config.max_body
-        length, data = request.length or 0, self._buffer
-        if 0 < length <= len(data) and length <= limit:     # it came with the head, as nearly all do
-            body = data[:length]
-            self.put_back(data[length:])
-        else:
-            body = await BodyReader(self, request, limit).read_all()
-        coding = request.headers.get("content-encoding")
-        return await work(unpack_body, body, coding.strip().lower(), limit) if coding else body
+        body = b"".join(self._body_pieces(request, limit))
+        return unpack_body(body, request.headers.get("content-encoding", "").strip().lower(), limit)
 
     # -- writing
 
     def _error_response(self, request: Optional[Request], error: ProxyError) -> Response:
         """An error in the dialect of the path.  On /api its text is the reason phrase, too, the only
         place some clients look (clients rule 4)."""
-        text = self.context.log.redact(error.message)
-        if text != error.message:
-            error.message = text
+        error.message = self.context.log.redact(error.message)
         dialect = request_dialect(request)
         try:
             response = json_response(dialect.render_error(error), error.status, error.headers)
@@ -7617,258 +6262,89 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if request is not None and error.close:
             request.keep = False
         if dialect is OLLAMA:
-            response.headers += (("", one_line(text.encode("ascii", "replace").decode("ascii"), 200)),)
+            response.reason = one_line(error.message.encode("ascii", "replace").decode("ascii"), 200)
         return response
 
-    def _head(self, request: Request, response: Response, length: Optional[int], keep: bool) -> bytes:
-        """Status line and headers; the body is `length` bytes, or chunked, or ends with the connection."""
-        second, date = int(time.time()), self.server.head_cache
-        if date[0] != second:
-            date = self.server.head_cache = (second, f"Date: {self.date_time_string(second)}\r\n\r\n".encode("ascii"))
-        if self._cors:
-            head = self._first_lines(request, response, length is None, keep)
-        else:
-            key = response.status, response.media_type, response.headers, length is None, request.version, keep
-            head = self.server.heads.get(key)
-            if head is None:
-                if len(self.server.heads) >= 256:
-                    self.server.heads.clear()
-                head = self.server.heads[key] = self._first_lines(request, response, length is None, keep)
-        if length is None or response.status == 204:
-            return head + date[1]
-        return b"%bContent-Length: %d\r\n%b" % (head, length, date[1])
-
-    def _first_lines(self, request: Request, response: Response, streamed: bool, keep: bool) -> bytes:
-        reason = http.client.responses.get(response.status, "Unknown")
-        lines = [f"{name}: {value}" for name, value in self._cors]
-        for name, value in response.headers:
-            if name:
-                lines.append(f"{name}: {value}")
-            elif value:
-                reason = value
+    def _head(self, request: Request, response: Response, keep: bool) -> bytes:
+        """Status line and headers; the body is counted, or chunked, or ends with the connection."""
+        reason = response.reason or http.client.responses.get(response.status, "Unknown")
+        lines = [f"HTTP/1.1 {response.status} {reason}"]
+        lines += [f"{name}: {value}" for name, value in self._cors + list(response.headers)]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type}")
-        if streamed and request.version == 1:
+        if (response.lines is None or response.length is not None) and response.status != 204:
+            lines.append(f"Content-Length: {len(response.body) if response.lines is None else response.length}")
+        elif response.lines is not None and request.version == 1:
             lines.append("Transfer-Encoding: chunked")
-        if not keep:
-            lines.append("Connection: close")
-        elif request.version == 0:
-            lines.append("Connection: keep-alive")
-        return "\r\n".join([f"HTTP/1.1 {response.status} {reason}"] + lines + [""]).encode("latin-1", "replace")
+        if not keep or request.version == 0:
+            lines.append("Connection: keep-alive" if keep else "Connection: close")
+        lines.append(f"Date: {http_date(int(time.time()))}\r\n\r\n")
+        return "\r\n".join(lines).encode("latin-1", "replace")
 
-    async def _send(self, request: Request, response: Response) -> bool:
-        """Writes the answer; returns whether another request may follow."""
+    def _send(self, request: Request, response: Response) -> None:
+        """Writes the answer: head and first bytes in one send, then whatever has come, at once."""
         keep = request.keep and not self._unread and not self.server.draining
-        pipe = response.pipe
-        if pipe is None:
+        if response.lines is None:
             body = b"" if request.method == "HEAD" or response.status == 204 else response.body
-            await send_all(self.connection, self._head(request, response, len(response.body), keep) + body, self.patience)
-            return await self._done(request, response.status, len(body), keep)
-        keep = keep and (pipe.length is not None or request.version == 1)
-        rest = response.reply.take_rest()       # a relay has not looked at what came with the head
-        first = response.first
-        if rest:
-            first += translate(response.reply.body, pipe, rest, self.context.log.tap)
-        pipe.started = True                     # the head goes out now: what breaks later cannot be a status
-        head = self._head(request, response, pipe.length, keep)
+            self._sent = len(body)
+            self._write(self._head(request, response, keep) + body)
+            self.close_connection = not keep
+            self._log(request, response.status)
+            return
+        chunked = response.length is None and request.version == 1
+        keep = keep and (chunked or response.length is not None)
+        out, failure = self._head(request, response, keep), None
         try:
-            await self._stream(response.reply, pipe, head + first)
-        finally:
-            self._sent = max(0, self._sent - len(head) - pipe.framing)
-        return await self._done(request, response.status, self._sent, keep and pipe.clean, pipe.failure)
+            for lines in response.lines:
+                self._sent += sum(map(len, lines))
+                self._write(out + b"".join(map(http_chunk, lines) if chunked else lines))
+                out = b""
+        except Told as error:           # the client knows
+            failure = error
+        except UpstreamError as error:  # it must not take the end for the end
+            failure, keep, chunked = error, False, False
+        self._write(out + (LAST_CHUNK if chunked else b""))
+        self.close_connection = not keep
+        self._log(request, response.status, failure)
 
-    async def _stream(self, reply: Reply, pipe: Any, out: bytes) -> None:
-        """Carries a stream to its end.  A client that does not read stops the reading."""
-        timeout, flow, sizes = self.context.config.timeout, None, []
+    def _write(self, data: bytes) -> None:
+        """All of it, as fast as the client takes it.  sendall() would count its time-out for the whole."""
+        view = memoryview(data)
+        self.connection.settimeout(self.patience)
         try:
-            while True:
-                if out:
-                    await send_all(self.connection, out, self.patience, sizes)
-                if pipe.done:
-                    reply.ending = pipe.failure is None and pipe.clean
-                    return
-                if flow is None:
-                    flow = Flow(reply, pipe, self.connection, self.context.log.tap, self.server.loop, timeout)
-                try:
-                    out = await flow
-                except Expired:
-                    out = pipe.fail(silent(timeout))
-        finally:
-            self._sent += sum(sizes) + (flow.sent if flow is not None else 0)
+            while view:
+                view = view[self.connection.send(view):]
+        except OSError:
+            raise ClientGone("client closed the connection, or does not read") from None
 
-    async def _done(self, request: Request, status: int, size: int, keep: bool,
-                    failure: Optional[Exception] = None) -> bool:
-        """The access line, and what becomes of the connection."""
+    def _log(self, request: Optional[Request], status: int, failure: Optional[Exception] = None) -> None:
+        if request is None:
+            return
         log = self.context.log
         if failure is not None:
             log.say(f"stream of {request.method} {request.path} broke: {failure}")
-        milliseconds = (time.monotonic_ns() - request.started) / 1e6
-        log.access(self.client_address[0], f"{request.method} {request.target} HTTP/1.{request.version}", status, size,
-                   milliseconds)
-        self.server.call_ended()
-        if not keep and self._unread and status != ClientGone.status:
-            await self._linger()
-        return keep
+        log.access(self.client_address[0], f"{request.method} {request.target} HTTP/1.{request.version}", status, self._sent,
+                   (time.monotonic_ns() - request.started) / 1e6)
 
-    async def _refuse_framing(self, error: BadRequest) -> bool:
-        """A head that cannot be trusted: an answer, and the end of the connection."""
-        self._cors, self._unread = [], True
-        self.server.calls += 1
-        request = Request("BAD", "/", 1, {})
-        request.keep = False
-        response = self._error_response(None, error)
-        try:
-            await send_all(self.connection, self._head(request, response, len(response.body), False) + response.body,
-                           self.patience)
-        except (OSError, Expired):
-            pass
-        return await self._done(request, error.status, len(response.body), False)
-
-    async def _linger(self) -> None:
+    def _linger(self) -> None:
         """Reads and drops what the client still sends: closing at once would reset the connection, and
         the client would never see why."""
-        until = time.monotonic() + LINGER
+        self.intake.deadline = time.monotonic() + LINGER
         try:
             socket.socket.shutdown(self.connection, socket.SHUT_WR)
-            while time.monotonic() < until and await receive(self.connection, until - time.monotonic()):
+            while self.intake.take(1 << 16):
                 pass
-        except (OSError, Expired, ClientGone):
+        except (OSError, ProxyError):
             pass
 
 
-class Flow:
-    """A stream while nothing is unusual: one read, all of it translated, one write, without waking the task.
-
-    `await flow` returns bytes that the client did not take at once, or b"" when the pipe is done.  Raises
-    ClientGone, or Expired when the upstream is silent for `seconds`.
-    """
-
-    __slots__ = ("quick", "sent", "_sock", "_body", "_pipe", "_client", "_tap", "seconds", "_task", "_loop")
-
-    def __init__(self, reply: Reply, pipe: Any, client: Any, tap: Optional[Callable], loop: Loop, seconds: float) -> None:
-        self._sock, self._body, self._pipe, self._client, self._tap = reply.sock, reply.body, pipe, client, tap
-        self._loop, self.seconds = loop, seconds
-        self._task: Any = None
-        self.quick = True
-        self.sent = 0
-
-    def __await__(self) -> Any:
-        fd = self._sock.fileno()
-        try:
-            return (yield self)
-        finally:
-            if self._loop.entries.get(fd) is self:
-                self._loop.entries[fd] = self._task     # which does not read while it waits for something else
-
-    def begin(self, task: Task) -> None:
-        """From now on it hears of the upstream's socket in place of `task`, which waits."""
-        self._task, fd = task, self._sock.fileno()
-        self._loop.entries[fd] = self
-        if self._loop.poller.masks.get(fd) != READ:     # room for more of a request is no news any more
-            self._loop.poller.set(self._sock, fd, READ)
-
-    def ready(self, fd: int, flags: int) -> None:
-        """The upstream has sent something, or has ended."""
-        try:
-            rest: Any = self.take()
-        except Exception as error:      # noqa: BLE001  the task's to handle
-            rest = error
-        if rest is None:
-            self._task.since = self._loop.now
-        else:
-            self._task.wake(rest)
-
-    def take(self) -> Optional[bytes]:
-        """One read and one write -> None, or what `await` returns.  Raises ClientGone."""
-        try:
-            data = self._sock.recv(READ_SIZE)       # more than a TLS record: nothing stays behind, decrypted
-        except OSError as error:
-            if unready(error):
-                return None
-            out = self._pipe.fail(cut_off(error))
-        else:
-            out = translate(self._body, self._pipe, data, self._tap)
-        size = 0
-        if out:
-            try:
-                size = self._client.send(out)
-            except OSError as error:
-                if not unready(error):
-                    raise ClientGone("client closed the connection") from None
-            self.sent += size
-        if size < len(out):
-            return out[size:]
-        return b"" if self._pipe.done else None
+@functools.lru_cache(maxsize=4)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
-class BodyReader:
-    """The body of one request as it arrives, framing off.  Raises BadRequest 400, 408 or 413."""
-
-    def __init__(self, handler: ProxyHandler, request: Request, limit: Optional[int]) -> None:
-        self._handler, self._limit = handler, limit
-        self._decoder = ChunkedDecoder(limit if limit is not None else 1 << 62) if request.chunked else None
-        self._left = request.length or 0
-        self._received = 0
-        self._started = time.monotonic()
-        self._expects = request.version == 1 and request.headers.get("expect", "").lower() == "100-continue"
-
-    async def read_all(self) -> bytes:
-        """The whole body."""
-        pieces = []
-        while True:
-            piece = await self.read()
-            if not piece:
-                return b"".join(pieces)
-            pieces.append(piece)
-
-    async def read(self) -> bytes:
-        """The next piece, b"" at the end."""
-        while self._left or self._decoder is not None:
-            data = self._unframe(self._handler.take_buffer() or await self._receive())
-            if data:
-                return data
-        return b""
-
-    async def _receive(self) -> bytes:
-        handler = self._handler
-        if self._limit is not None and self._left > self._limit:
-            raise self._too_large()
-        if self._expects:
-            self._expects = False
-            try:
-                await send_all(handler.connection, b"HTTP/1.1 100 Continue\r\n\r\n", handler.patience)
-            except (OSError, Expired):
-                raise ClientGone("client closed the connection") from None
-        data = await handler.receive(handler.patience)
-        if not data:
-            raise ClientGone("client left while sending its request")
-        self._received += len(data)
-        if time.monotonic() - self._started > handler.patience + self._received / BODY_BYTES_PER_SECOND:
-            raise BadRequest("the client took too long to send its request", 408, close=True)
-        return data
-
-    def _unframe(self, data: bytes) -> bytes:
-        decoder = self._decoder
-        if decoder is None:
-            if self._limit is not None and self._left > self._limit:
-                raise self._too_large()
-            content, self._left = data[:self._left], max(0, self._left - len(data))
-            if not self._left:
-                self._handler.put_back(data[len(content):])
-            return content
-        try:
-            content = decoder.feed(data)
-        except BodyTooLarge:
-            raise self._too_large() from None
-        except ValueError as error:
-            raise BadRequest(f"malformed chunked body: {error}", close=True) from None
-        if decoder.done:
-            self._handler.put_back(decoder.rest)
-            self._decoder = None
-        return content
-
-    def _too_large(self) -> BadRequest:
-        return BadRequest(f"request body too large: more than {self._limit} bytes (--max-body)", 413, close=True)
+def too_large(limit: int) -> BadRequest:
+    return BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413, close=True)
 
 
 def unpack_body(body: bytes, coding: str, limit: int) -> bytes:
@@ -7890,7 +6366,7 @@ def unpack_body(body: bytes, coding: str, limit: int) -> bytes:
     return body
 
 # ----------------------------------------------------------------------------
-# Room 16.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
+# Room 15.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
 # ----------------------------------------------------------------------------
 
 
@@ -7916,21 +6392,22 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Chat, completions, embeddings."""
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        model = body.get("model")
-        if model not in ("demo-chat", "demo-embed"):
-            self._answer({"error": {"message": f"model {model!r} does not exist", "type": "invalid_request_error",
-                                    "code": "model_not_found"}}, 404)
+        body = load(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        if body.get("model") not in ("demo-chat", "demo-embed"):
+            self._answer({"error": {"message": f"model {body.get('model')!r} does not exist", "code": "model_not_found"}}, 404)
         elif self.path == "/v1/embeddings":
-            inputs = body.get("input")
-            inputs = [inputs] if isinstance(inputs, str) else inputs
-            self._answer({"object": "list", "model": model, "data": [
-                {"object": "embedding", "index": at, "embedding": self._vector(text)} for at, text in enumerate(inputs)],
-                "usage": {"prompt_tokens": sum(len(text.split()) for text in inputs), "total_tokens": 0}})
+            call = parse_openai_embed(body)
+            self._answer(render_openai_embeddings(call, call.model, [self._vector(text) for text in call.inputs],
+                                                  Usage(sum(len(text.split()) for text in call.inputs)), 0))
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
-            self._generate(body)
+            call = parse_openai_chat(body, "chat" if "chat" in self.path else "completion")
+            events, encoder = self._events(call), OpenAIEncoder(call, Clock, 0, 0, ("reasoning_content",))
+            if call.stream:
+                self._stream(events, encoder)
+            else:
+                self._answer(load(encoder.fold(events)))
         else:
-            self._answer({"error": {"message": f"no {self.path} here", "type": "not_found_error"}}, 404)
+            self._answer({"error": {"message": f"no {self.path} here"}}, 404)
 
     @staticmethod
     def _vector(text: str) -> list:
@@ -7938,60 +6415,30 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         length = sum(count * count for count in counts) ** 0.5 or 1.0
         return [round(count / length, 6) for count in counts]
 
-    def _generate(self, body: dict) -> None:
-        chat = self.path.endswith("/chat/completions")
-        last = body["messages"][-1]["content"] if chat and body.get("messages") else body.get("prompt", "")
-        if isinstance(last, list):
-            last = " ".join(part.get("text", "[picture]") for part in last)
-        words = re.findall(r"\s*\S+", f"You said: {last}")[:body.get("max_tokens") or 10000]
-        deltas: list = [{"content": word} if chat else word for word in words]
-        reason = "stop"
-        if chat and "think" in last.lower():
-            deltas.insert(0, {"reasoning_content": "The user wants an echo."})
-        if chat and body.get("tools") and "call" in last.lower():
-            name, reason = body["tools"][0]["function"]["name"], "tool_calls"
-            deltas = [{"tool_calls": [{"index": 0, "id": "call_demo1", "type": "function",
-                                       "function": {"name": name, "arguments": '{"text": '}}]},
-                      {"tool_calls": [{"index": 0, "function": {"arguments": dump(last).decode() + "}"}}]}]
-        if chat and body.get("response_format"):
-            deltas = [{"content": piece} for piece in ('{"echo"', ": ", dump(last).decode(), "}")]
-        prompt = len(str(body.get("messages", body.get("prompt", ""))).split())
-        usage = {"prompt_tokens": prompt, "completion_tokens": len(deltas), "total_tokens": prompt + len(deltas)}
-        base = {"id": "demo-1", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1700000000,
-                "model": body["model"]}
-        if not body.get("stream"):
-            message: dict = {"role": "assistant", "content": "".join(delta.get("content", "") for delta in deltas)
-                             if chat else "".join(deltas)}
-            for delta in deltas if chat else ():
-                if "reasoning_content" in delta:
-                    message["reasoning_content"] = delta["reasoning_content"]
-                for call in delta.get("tool_calls", ()):
-                    calls = message.setdefault("tool_calls", [])
-                    if "id" in call:
-                        calls.append({key: call[key] for key in ("id", "type", "function")})
-                    else:
-                        calls[-1]["function"]["arguments"] += call["function"]["arguments"]
-            choice = {"message": message} if chat else {"text": message["content"]}
-            self._answer({**base, "object": "chat.completion" if chat else "text_completion", "usage": usage,
-                          "choices": [{"index": 0, "finish_reason": reason, **choice}]})
-            return
-        self._stream(base, deltas, reason, usage if as_dict(body.get("stream_options")).get("include_usage") else None)
+    @staticmethod
+    def _events(call: ChatCall) -> list:
+        last = call.messages[-1] if call.messages else Message("user", call.prompt or "")
+        said = last.content + " [picture]" * len(last.images)
+        words = re.findall(r"\s*\S+", f"You said: {said}")[:call.options.get("max_tokens") or 10000]
+        events: list = [TextDelta(word) for word in words]
+        if call.format is not None:
+            events = [TextDelta(piece) for piece in ('{"echo"', ": ", dump(said).decode(), "}")]
+        if call.tools and "call" in said.lower():
+            events = [ToolCalls((ToolCall("call_demo1", call.tools[0].name, {"text": said}),))]
+        if "think" in said.lower():
+            events.insert(0, ThinkingDelta("The user wants an echo."))
+        prompt = sum(len(message.content.split()) for message in call.messages) or len(said.split())
+        return events + [Finish("stop", Usage(prompt, len(events)))]
 
-    def _stream(self, base: dict, deltas: list, reason: str, usage: Optional[dict]) -> None:
+    def _stream(self, events: list, encoder: OpenAIEncoder) -> None:
         self.send_response(200)
         self.send_header("Content-Type", EVENT_STREAM)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for delta in deltas:
-            choice = {"text": delta} if isinstance(delta, str) else {"delta": delta}
-            self.wfile.write(http_chunk(sse_frame({**base, "choices": [{"index": 0, "finish_reason": None, **choice}]})))
-            if self.pace:
-                time.sleep(self.pace)
-        last: dict = {"text": ""} if base["object"] == "text_completion" else {"delta": {}}
-        frames = sse_frame({**base, "choices": [{"index": 0, "finish_reason": reason, **last}]})
-        if usage:
-            frames += sse_frame({**base, "choices": [], "usage": usage})
-        self.wfile.write(http_chunk(frames + b"data: [DONE]\n\n") + LAST_CHUNK)
+        for event in events:
+            self.wfile.write(http_chunk(encoder.encode(event)))
+            time.sleep(self.pace)
+        self.wfile.write(http_chunk(encoder.tail) + LAST_CHUNK)
 
     def _answer(self, value: dict, status: int = 200) -> None:
         data = dump(value)
@@ -8022,7 +6469,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         """A client that left is no news."""
 
 # ----------------------------------------------------------------------------
-# Room 17.  Command line: main, --check, signals, banner
+# Room 16.  Command line: main, --check, signals, banner
 # ----------------------------------------------------------------------------
 
 
@@ -8093,13 +6540,13 @@ def check(config: Config) -> int:
             wire = dialect.render_chat(call._replace(stream=stream), context.habits())
             body = dict(wire.body)
             context.healer.apply((target.url, wire.path, call.model), target.preset, body)
-            reply = drive(context.upstream.open(target, "POST", context.path(dialect is OLLAMA, wire.path),
-                                                context.headers() + [("Content-Type", JSON)], dump(body)))
-            if reply.status >= 300:
-                raise drive(refusal(reply))
-            decoder = dialect.Decoder(call)
-            events = decoder.feed(drive(reply.read())) + decoder.close()
-            reply.close()
+            with contextlib.closing(Scope(context)) as scope:
+                reply = scope.open(target, "POST", context.path(dialect is OLLAMA, wire.path),
+                                   context.headers() + [("Content-Type", JSON)], dump(body))
+                if reply.status >= 300:
+                    raise refusal(reply)
+                decoder = dialect.Decoder(call)
+                events = decoder.feed(reply.read()) + decoder.close()
             if isinstance(events[-1], Failure):
                 raise events[-1].error
             print(f"{label:<10} works ({sum(isinstance(event, TextDelta) for event in events)} pieces of text)")
@@ -8107,11 +6554,6 @@ def check(config: Config) -> int:
             failed = 1
             print(f"{label:<10} FAILED: {error.message}")
     return failed
-
-
-# Windows notices Ctrl-C only while the main thread runs, and Python 3.12 starts no thread once that has ended.
-# Newer ones are let in when the tests have run on them.
-MAIN_MAY_END = os.name == "posix" and sys.version_info[:2] in ((3, 9), (3, 10), (3, 11), (3, 13))
 
 
 class Stop:
@@ -8127,42 +6569,22 @@ class Stop:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
 
-def serve(server: ProxyServer, quiet: bool = False, outlive: bool = False, workers: Iterable = ()) -> int:
+def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> int:
     """Runs until SIGINT or SIGTERM; then lets streams end for --grace seconds.  A second signal cuts them.
-    Both are passed on to `workers`, process ids.
-
-    With `outlive` it returns at once, and a thread goes on until then: the syntax tree of a script, 20 MB,
-    stays in memory until the last line of the script has run.
-    """
+    Both are passed on to `workers`, process ids."""
     stop = Stop()
-    threading.Thread(target=server.serve_forever, name="loop", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     if not quiet:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
-
-    def attend() -> None:
-        if outlive:
-            threading.main_thread().join()
-            give_back_memory()
-        while not stop.asked.wait(0.5):     # without a time-out Windows does not notice Ctrl-C
-            if server.has_ended:            # a bug: better no process than one that answers nobody
-                os._exit(1)
+    while not stop.asked.wait(0.5):         # without a time-out Windows does not notice Ctrl-C
+        pass
+    pass_on(workers)
+    drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
+    drain.start()
+    while drain.is_alive() and not stop.insisted.wait(0.1):
+        pass
+    if stop.insisted.is_set():
         pass_on(workers)
-        drained = threading.Event()
-
-        def drain() -> None:
-            server.drain(server.context.config.grace)
-            drained.set()
-
-        threading.Thread(target=drain, name="drain", daemon=True).start()
-        while not drained.wait(0.1) and not stop.insisted.is_set():
-            pass
-        if stop.insisted.is_set():
-            pass_on(workers)
-
-    if outlive:
-        threading.Thread(target=attend, name="attend").start()
-    else:
-        attend()
     return 0
 
 
@@ -8173,15 +6595,6 @@ def pass_on(workers: Iterable) -> None:
             os.kill(pid, signal.SIGTERM)
         except OSError:
             pass
-
-
-def give_back_memory() -> None:
-    """Hands freed memory back to the system where the C library keeps it otherwise (glibc)."""
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, TypeError):
-        pass                            # another C library, or none to call: nothing is lost
 
 
 def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
@@ -8198,7 +6611,7 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
 
             threading.Thread(target=follow, daemon=True).start()
-            os._exit(serve(ProxyServer(context_for(config), config.address, server.socket), quiet=True))
+            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), quiet=True))
         children.append(pid)
     status = serve(server, workers=children)
     for pid in children:
@@ -8210,16 +6623,8 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
     return status
 
 
-def context_for(config: Config) -> Context:
-    """The context of a server with a loop of its own; it looks at the clock often enough for every time limit."""
-    shortest = min(config.timeout, config.connect_timeout, config.client_timeout, 4.0)
-    return Context(config, Loop(grain=max(0.02, shortest / 4)))
-
-
-def main(argv: Optional[list] = None, outlive: bool = False) -> int:
+def main(argv: Optional[list] = None) -> int:
     """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly.
-
-    With `outlive` the server runs on in a thread after that.
     """
     threading.stack_size(1024 * 1024)   # address space only: JSON of 200 levels needs a tenth of it
     try:
@@ -8229,7 +6634,7 @@ def main(argv: Optional[list] = None, outlive: bool = False) -> int:
             config = config._replace(destination=parse_target(demo.url), target_api="openai")
         if config.check:
             return check(config)
-        server = ProxyServer(context_for(config), config.address)
+        server = ProxyServer(Context(config), config.address)
     except UsageError as error:
         print(f"ollama_proxy: {error}", file=sys.stderr)
         return 2
@@ -8244,8 +6649,8 @@ def main(argv: Optional[list] = None, outlive: bool = False) -> int:
             print("ollama_proxy: --workers needs a POSIX system; running one process", file=sys.stderr)
         else:
             return serve_workers(config, server, config.workers)
-    return serve(server, outlive=outlive)
+    return serve(server)
 
 
 if __name__ == "__main__":
-    sys.exit(main(outlive=MAIN_MAY_END))
+    sys.exit(main())
