@@ -830,6 +830,12 @@ MORE_STREAMS = [
     ("F110 emoji cut by the network", "chat", 'data: {"choices":[{"delta":{"content":"\U0001f999"}}]}\n\n'.encode() + sse(STOP),
      lines("\U0001f999")),
     ("F111 DONE alone is an empty stream", "chat", sse(), lines(error="upstream sent an empty response")),
+    ("F25b timings that are no numbers", "chat",
+     sse(delta("ok"), {**STOP, "timings": {"prompt_n": "5", "cache_n": [], "prompt_ms": "1", "predicted_n": {}}}),
+     lines("ok")),
+    ("F113 the word null is no end", "chat", sse(delta("Hel"), "data: null\n\n", delta("lo"), STOP), lines("Hello")),
+    ("F113b the word null is no finish", "chat", sse(delta("Hel"), "data: null\n\n", done=False),
+     lines("Hel", error="upstream closed the stream before finishing")),
     ("F112 a frame that is no JSON", "chat", b"data: {broken\n\n", lines(error="upstream sent an event that is not JSON: {broken")),
 ]
 
@@ -1171,7 +1177,11 @@ def test_a_strict_target_gets_nothing_beyond_the_standard():
     ({"model": "m", "messages": [{"role": "user", "content": 5}]}, "field content"),
     ({"model": "m", "messages": [{"role": "user", "images": ["!!"]}]}, "illegal base64"),
     ({"model": "m", "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]},
-     "invalid tool call arguments"), ({"model": "m", "tools": "x"}, "field tools"), ({"model": "m", "tools": [5]}, "tool")])
+     "invalid tool call arguments"),
+    ({"model": "m", "tools": "x"}, "field tools"), ({"model": "m", "tools": [5]}, "tool"),
+    ({"model": "m", "messages": [{"role": ["user"], "content": "hi"}]}, "cannot unmarshal array"),
+    ({"model": "m", "messages": [{"role": "assistant", "tool_calls": [1]}]}, "cannot unmarshal number"),
+    ({"model": "m", "messages": [{"role": "user"}], "tools": [{"function": "x"}]}, "cannot unmarshal string")])
 def test_wrong_types_are_told_in_ollamas_words(body, text):
     with pytest.raises(BadRequest) as caught:
         parse_ollama_chat(body)
@@ -1315,6 +1325,14 @@ def test_images_in_a_tool_result_follow_all_results():
     assert messages[3]["content"][0]["type"] == "image_url"
 
 
+def test_pictures_of_a_turn_with_calls_are_shown_behind_their_results():
+    turns = [calling(("f", {}, "a"), images=["iVBORw0KGgo="]), result("A", tool_call_id="a")]
+    messages = rendered(messages=turns)["messages"]
+    valid_history(messages)
+    assert [message["role"] for message in messages] == ["assistant", "tool", "user"]
+    assert messages[2]["content"][0]["type"] == "image_url"
+
+
 def test_mistral_gets_nine_character_ids_and_a_bridge():
     call = parse_ollama_chat({"model": "m", "messages": [calling(("f", {}, "call_long_one")), result("A", tool_call_id="call_long_one"),
                                                          {"role": "user", "content": "and?"}]})
@@ -1403,6 +1421,18 @@ def test_every_line_is_complete_and_only_the_last_one_is_done():
     assert last["message"] == {"role": "assistant", "content": ""}
     for key in ("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration"):
         assert isinstance(last[key], int) and last[key] >= 1
+
+
+def test_a_prompt_nobody_counted_is_a_token_for_each_four_bytes():
+    def estimate(**body):
+        call = parse_ollama_chat({"model": "m", **body}, "generate" if "prompt" in body else "chat")
+        answer = OllamaEncoder(call, StillClock, 1, 2).fold([TextDelta("x"), Finish("stop", Usage())])
+        return json.loads(answer)["prompt_eval_count"]
+
+    turns = [{"role": "user", "content": "\u597d" * 100}]
+    tool = {"type": "function", "function": {"name": "f", "description": "d" * 400, "parameters": {}}}
+    assert estimate(messages=turns) == estimate(prompt="\u597d" * 100) == 75
+    assert 175 <= estimate(messages=turns, tools=[tool]) <= 250
 
 
 def random_events(chance):
@@ -1590,7 +1620,8 @@ def test_embeddings_in_every_shape(answer, count, wanted):
     assert OPENAI.read_embeddings(answer, count)[0] == wanted
 
 
-@cases("answer, count", [({"data": [{"embedding": [1]}]}, 2), ({}, 1), ({"data": [{"embedding": "!"}]}, 1), ({"data": [{"embedding": []}]}, 1)])
+@cases("answer, count", [({"data": [{"embedding": [1]}]}, 2), ({}, 1), ({"data": [{"embedding": "!"}]}, 1),
+                         ({"data": [{"embedding": []}]}, 1), ({"data": [{"embedding": {"numbers": 7}}]}, 1)])
 def test_missing_embeddings_are_an_error_not_a_short_list(answer, count):
     with pytest.raises(proxy_module.BadUpstreamPayload):
         OPENAI.read_embeddings(answer, count)
@@ -1601,6 +1632,7 @@ def test_embedding_answers_hold_what_ollama_says_and_nothing_else():
     assert OLLAMA.render_embeddings(call, "m", [[1]], Usage(2), 5) == {
         "model": "m", "embeddings": [[1]], "total_duration": 5, "load_duration": 1, "prompt_eval_count": 2}
     assert OLLAMA.render_embeddings(call, "m", [[1]], Usage(), 5)["prompt_eval_count"] == 3
+    assert OLLAMA.render_embeddings(EmbedCall("m", ("\u597d" * 4,)), "m", [[1]], Usage(), 5)["prompt_eval_count"] == 3
     assert OLLAMA.render_embeddings(call._replace(legacy=True), "m", [[1]], Usage(2), 5) == {"embedding": [1]}
     packed = OPENAI.render_embeddings(call._replace(base64=True), "m", [[1.0, 0.5]], Usage(2), 5)["data"][0]["embedding"]
     assert struct.unpack("<2f", base64.b64decode(packed)) == (1.0, 0.5)
