@@ -1657,7 +1657,9 @@ def config(*argv, **environ):
     (["--target", "http://localhost:11434", "--port", "11434"], {}, "the address this proxy listens on"),
     (["--target", "http://127.0.0.1:8080", "--listen", "0.0.0.0:8080"], {}, "the address this proxy listens on"),
     (["--models-filter", "missing.txt"], {}, None), (["--env-file", "missing"], {}, "--env-file missing"),
-    (["--api-key", "a b"], {}, "printable ASCII"), (["--workers", "0"], {}, "--workers")])
+    (["--api-key", "a b"], {}, "printable ASCII"), (["--workers", "0"], {}, "--workers"),
+    (["--set", "m:temperature=hot"], {}, "--set"), (["--set", "m:temperature=hot"], {}, "hot"),
+    (["--set", "m:think=maybe"], {}, "maybe")])
 def test_a_setting_that_cannot_be_used_is_one_clear_line(argv, environ, text):
     if text is None:
         config(*argv, **environ)
@@ -1710,6 +1712,11 @@ def test_host_and_port_are_halves_of_listen():
     assert config(OLLAMA_BASE_URL="http://gpu:11434").target_api == "ollama"
     for flag in ("--target", "--lmstudio-url", "--base-url"):
         assert config(flag, "http://h:1").destination.url == "http://h:1/v1"
+
+
+def test_a_header_in_the_environment_may_hold_semicolons(start, target):
+    start(environ={"OLLAMA_PROXY_HEADER": "Cookie: a=1; b=2"}).call("GET", "/v1/x")
+    assert target.received[-1].headers["cookie"] == "a=1; b=2"
 
 
 def test_set_patterns_may_hold_colons():
@@ -1929,6 +1936,10 @@ class RunningProxy:
             return SimpleNamespace(status=answer.status, reason=answer.reason, headers=answer.headers, data=answer.read())
         finally:
             connection.close()
+
+    def get(self, path, headers=None):
+        """What a GET of JSON answers."""
+        return json.loads(self.call("GET", path, None, headers).data)
 
     def post(self, path, body, headers=None):
         return self.call("POST", path, body, headers)
@@ -2221,6 +2232,11 @@ def test_pull_of_a_served_model_succeeds_and_of_another_does_not(proxy):
     assert proxy.post("/api/pull", {}).status == 400
 
 
+def test_a_model_of_a_bare_list_is_there_to_be_pulled(start, target):
+    target.answers["/v1/models"] = http_answer(["m"])
+    assert start("--target-api", "openai").lines("/api/pull", {"name": "m"})[-1] == {"status": "success"}
+
+
 @cases("method, path", [("POST", "/api/create"), ("POST", "/api/copy"), ("DELETE", "/api/delete"), ("POST", "/api/push"),
                         ("POST", "/api/blobs/sha256:abc"), ("HEAD", "/api/blobs/sha256:abc")])
 def test_what_only_an_ollama_can_do_is_an_honest_501(proxy, method, path):
@@ -2477,6 +2493,16 @@ def test_v1_models_and_one_model(proxy, target):
 # -- what targets want: healing, keepsakes, metadata
 
 
+def picky(refused):
+    """A script of a target that refuses requests with these fields, in these words, and answers all others."""
+    def script(talk):
+        body, talk.released = talk.request.json, True
+        words = [text for name, text in refused.items() if name in body]
+        talk.send(http_answer({"error": {"message": words[0]}}, 400) if words else
+                  http_stream(HELLO) if body.get("stream") else http_answer(WHOLE))
+    return script
+
+
 HEALING = [
     ("X01 max_tokens renamed", {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "param": "max_tokens", "code": "unsupported_parameter"}}, 400,
      {"max_completion_tokens": 5}, ["max_tokens"]),
@@ -2513,6 +2539,17 @@ def test_x10_a_refused_value_is_no_lesson_for_others(start, target):
     assert "top_k" not in target.calls("/v1/chat/completions")[1].json
     proxy.lines("/api/chat", {**CHAT, "options": {"top_k": 5}})
     assert target.calls("/v1/chat/completions")[2].json["top_k"] == 5
+
+
+def test_a_guess_that_did_not_help_is_no_lesson(start, target):
+    target.answers["/v1/chat/completions"] = picky({"min_p": "temperature is fine but min_p is not supported"})
+    proxy = start()
+    body = {**CHAT, "options": {"temperature": 0.2, "min_p": 0.1}}
+    assert proxy.lines("/api/chat", body)[-1]["done"]
+    asked = len(target.calls("/v1/chat/completions"))
+    assert proxy.lines("/api/chat", body)[-1]["done"]
+    sent = target.calls("/v1/chat/completions")[asked:]
+    assert [(request.json.get("temperature"), "min_p" in request.json) for request in sent] == [(0.2, False)]
 
 
 def test_a_refusal_that_nothing_helps_reports_the_first_error(start, target):
@@ -2651,6 +2688,23 @@ def test_more_lists_l02_l07_l08_l14_bare_arrays_router_mistral_xai():
     assert read_models({"data": None}) == [] and read_models({"error": "x"}) is None and read_models("x") is None
 
 
+def test_a_model_that_cannot_chat_does_not_say_so(start, target):
+    target.answers["/v1/models"] = http_answer({"data": [
+        {"id": name, "owned_by": "mistralai", "capabilities": {"completion_chat": able, "completion_fim": True}}
+        for name, able in (("chat", True), ("code", False))]})
+    models = start("--target-api", "openai").get("/api/tags")["models"]
+    shown = {model["name"]: model["capabilities"] for model in models}
+    assert "completion" in shown["chat:latest"] and "completion" not in shown["code:latest"]
+
+
+def test_parameter_sizes_are_written_as_ollama_writes_them(start, target):
+    wanted = {494032768: "494.03M", 8030261248: "8.0B", 7000000000: "7B", 137000000: "137M", 22000: "22K"}
+    entries = [{"id": str(size), "meta": {"n_params": size}} for size in wanted]
+    target.answers["/v1/models"] = http_answer({"data": entries})
+    models = start("--target-api", "openai").get("/api/tags")["models"]
+    assert {int(model["name"].split(":")[0]): model["details"]["parameter_size"] for model in models} == wanted
+
+
 PROBED = [
     ("lmstudio v1", "organization_owner", {"/api/v1/models": {"models": [{"key": "m", "type": "llm", "max_context_length": 9000, "architecture": "gem", "capabilities": {"vision": True}}]}}, (9000, "vision")),
     ("lmstudio v0", "organization_owner", {"/api/v1/models": {"error": "Unexpected endpoint or method. (GET /api/v1/models)"},
@@ -2658,28 +2712,45 @@ PROBED = [
     ("llama.cpp props", "llamacpp", {"/props": {"default_generation_settings": {"n_ctx": 9000}, "modalities": {"vision": True}, "chat_template": "tpl"}}, (9000, "vision")),
     ("litellm", "openai", {"/model/info": {"data": [{"model_name": "m", "model_info": {"max_input_tokens": 9000, "supports_vision": True, "mode": "chat"}}]}}, (9000, "vision")),
     ("L15 sglang", "sglang", {"/model_info": {"model_type": "qwen3_vl", "has_image_understanding": True, "reasoning_parser": "qwen3"}}, (None, "thinking")),
-    ("tgi", "tgi", {"/info": {"max_total_tokens": 9000}}, (None, "tools")),
+    ("L14 tgi", "m", {"/info": {"model_id": "m", "max_total_tokens": 9000, "router": "text-generation-router"}},
+     (9000, "completion")),
 ]
 
 
 @cases("name, owner, answers, wanted", PROBED, ids=[row[0] for row in PROBED])
 def test_metadata_is_gathered_once_and_never_on_the_way_of_a_chat(start, target, name, owner, answers, wanted):
     target.answers.update({path: http_answer(body) for path, body in answers.items()})
-    target.answers["/v1/models"] = http_answer({"data": [{"id": "m", "object": "model", "created": 5, "owned_by": owner}]})
+    entry = {"id": "m", "object": "model", "created": 0 if owner == "m" else 5, "owned_by": owner}  # TGI has no date
+    target.answers["/v1/models"] = http_answer({"data": [entry]})
     target.answers["/v1/chat/completions"] = http_stream(HELLO)
-    proxy = start("--target-api", "openai", *(("--target", target.url) if name != "tgi" else ("--target", target.url)))
+    proxy = start("--target-api", "openai")
     proxy.lines("/api/chat", CHAT)
     assert {request.path for request in target.received} == {"/v1/models", "/v1/chat/completions"}
     shown = json.loads(proxy.post("/api/show", {"model": "m"}).data)
-    if name != "tgi":
-        context, word = wanted
-        if context:
-            assert context in shown["model_info"].values()
-        assert word in shown["capabilities"]
+    context, word = wanted
+    assert word in shown["capabilities"] and (context is None or context in shown["model_info"].values())
     count = len(target.received)
     for _ in range(3):
         proxy.post("/api/show", {"model": "m"}), proxy.call("GET", "/api/tags"), proxy.call("GET", "/api/ps")
     assert len(target.received) == count
+
+
+@cases("first", ["/api/chat", "/v1/models/m"])
+def test_metadata_is_there_for_whoever_joins_a_refresh_that_began_without_it(start, target, first):
+    def held(talk):
+        talk.target.go.wait(PATIENCE)
+        talk.send(http_answer({"data": [{"id": "m", "object": "model", "owned_by": "llamacpp"}]}))
+
+    target.answers.update({"/v1/models": held, "/v1/chat/completions": http_answer(WHOLE),
+                           "/props": http_answer({"default_generation_settings": {"n_ctx": 9000}})})
+    proxy = start("--target-api", "openai", "--debug")
+    with proxy.dial() as one, proxy.dial() as other:
+        one.sendall(http_request("POST", first, CHAT) if first == "/api/chat" else http_request("GET", first))
+        target.wait_for("/v1/models")
+        other.sendall(http_request("POST", "/api/show", {"model": "m"}, "Connection: close"))
+        proxy.wait_logged("[PROXY] POST /api/show")
+        target.go.set()
+        assert b'.context_length":9000' in read_all(other)
 
 
 def test_probes_that_are_not_there_are_remembered(start, target):
@@ -3855,6 +3926,10 @@ def test_check_tells_what_it_found(target):
     demo = DemoServer()
     done = run_program("--check", "--target", demo.url)
     assert done.returncode == 0 and "demo-chat" in done.stdout and re.search(r"stream +works", done.stdout)
+    target.answers["/v1/chat/completions"] = picky({
+        "max_tokens": "Unsupported parameter: 'max_tokens'", "stream_options": "unknown field stream_options"})
+    done = run_program("--check", "--target", target.url)
+    assert done.returncode == 0 and "FAILED" not in done.stdout
     target.close()
     done = run_program("--check", "--target", f"http://127.0.0.1:{target.port}")
     assert done.returncode == 1 and "refused" in done.stdout
