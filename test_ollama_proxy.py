@@ -2224,6 +2224,25 @@ def test_long_vectors_pass_as_they_are_written(proxy, target):
     assert json.loads(proxy.post("/api/embeddings", {"model": "text-embed", "prompt": "a"}).data) == {"embedding": vectors[0]}
 
 
+LONG_VECTOR = ", ".join(["0.125"] * 40)
+
+
+@cases("vector", [LONG_VECTOR.replace(",", ",,", 1), "0.3--4, " + LONG_VECTOR, LONG_VECTOR + ", 1e",
+                  "01, " + LONG_VECTOR, "1e999", "NaN", '"x"', "null", "true"])
+def test_what_is_no_number_is_no_embedding(proxy, target, vector):
+    answers = [f'{{"embedding": [{LONG_VECTOR}]}}', f'{{"embedding": [{vector}]}}']
+    target.answers["/v1/embeddings"] = http_answer(f'{{"data": [{", ".join(answers)}]}}')
+    answer = proxy.post("/api/embed", {"model": "text-embed", "input": ["a", "b"]})
+    assert answer.status == 502 and json.loads(answer.data)["error"]
+
+
+def test_an_object_beside_a_long_vector_is_no_embedding(proxy, target):
+    target.answers["/v1/embeddings"] = http_answer(
+        f'{{"data": [{{"embedding": {{"numbers": 7}}}}, {{"embedding": [{LONG_VECTOR}]}}]}}')
+    answer = proxy.post("/api/embed", {"model": "text-embed", "input": ["a", "b"]})
+    assert answer.status == 502 and json.loads(answer.data)["error"]
+
+
 def test_pull_of_a_served_model_succeeds_and_of_another_does_not(proxy):
     values = proxy.lines("/api/pull", {"name": "m"})
     assert values[0] == {"status": "pulling manifest"} and values[-1] == {"status": "success"}
@@ -2310,6 +2329,23 @@ def test_forward_auth_passes_real_keys_only(start, target):
     assert proxy.post("/api/chat", CHAT, {"Authorization": "Bearer sk-client-key-1"}).status == 401
 
 
+@cases("before", [(), ({},), ({"Authorization": "Bearer sk-wrong-key-9"},)],
+       ids=["first of all", "after no key", "after a wrong one"])
+def test_lists_are_asked_with_the_clients_own_key_where_keys_are_forwarded(start, target, before):
+    def guarded(talk):
+        talk.released = True
+        known = talk.request.headers.get("authorization") == "Bearer sk-client-key-1"
+        talk.send(http_answer(LIST) if known else http_answer({"error": {"message": "who are you?"}}, 401))
+
+    target.answers["/v1/models"] = guarded
+    proxy = start("--forward-auth", "--target-api", "openai")
+    for headers in before:
+        assert proxy.call("GET", "/api/tags", None, headers).status >= 400
+    key = {"Authorization": "Bearer sk-client-key-1"}
+    assert len(proxy.get("/api/tags", key)["models"]) == len(proxy.get("/api/ps", key)["models"]) == 4
+    assert proxy.post("/api/show", {"model": "m"}, key).status == 200
+
+
 def test_trouble_with_our_key_is_no_401_for_ollama_clients(start, target):
     target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "bad key sk-our-own-key"}}, 401)
     proxy = start("--api-key", "sk-our-own-key")
@@ -2359,6 +2395,21 @@ def test_an_error_after_the_first_token_is_the_last_line(start, target):
     proxy.wait_logged("engine died")
     answer = proxy.post("/api/chat", {**CHAT, "stream": False})
     assert answer.status == 502 and json.loads(answer.data) == {"error": "engine died"}
+
+
+def strict(text):
+    """JSON as strict clients read it: no NaN, no Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@cases("stream", [True, False])
+def test_an_endless_number_in_a_call_is_not_the_clients_fault(start, target, stream):
+    call = {"index": 0, "id": "a", **part("f", '{"x": 1e999}')}
+    whole = {"choices": [{"message": {"content": None, "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    streamed = http_stream(sse(call_delta(call), TOOLS_END))
+    target.answers["/v1/chat/completions"] = streamed if stream else http_answer(whole)
+    answer = start("--target-api", "openai").post("/api/chat", {**CHAT, "stream": stream})
+    assert answer.status in (200, 502) and all(map(strict, answer.data.splitlines()))
 
 
 def test_a_dead_target_is_502_that_says_who_and_why(start, target):
@@ -2464,6 +2515,26 @@ def test_the_relay_changes_nothing_but_the_name(proxy, target):
     nested = b'{"metadata": {"model": "m:latest"}, "model": "m:latest", "messages": []}'
     proxy.post("/v1/chat/completions", nested)
     assert target.calls("/v1/chat/completions")[-1].json == {"metadata": {"model": "m:latest"}, "model": "m", "messages": []}
+
+
+@cases("model", ["m", "m:latest"])
+def test_the_relay_adds_no_keys(proxy, target, model):
+    body = {"metadata": {"model": "x"}, "model": model, "Tools": [], "messages": [], "N": 1}
+    proxy.post("/v1/chat/completions", body)
+    assert target.calls("/v1/chat/completions")[-1].json == {**body, "model": "m"}
+
+
+def test_the_length_that_head_tells_is_the_targets(start, target):
+    def bodiless(talk):
+        talk.released = True
+        talk.send(http_answer(b"x" * 1234)[:-1234] if talk.request.method == "HEAD" else http_answer(LIST))
+
+    target.answers["/v1/models"] = target.answers["/v1/files"] = bodiless
+    proxy = start("--target-api", "openai")
+    for path in ("/v1/models", "/v1/files"):
+        answer = proxy.call("HEAD", path)
+        assert answer.headers["Content-Length"] == "1234" and answer.data == b""
+    assert proxy.get("/v1/models") == LIST
 
 
 def test_errors_of_the_target_are_relayed_as_they_are(proxy, target):
@@ -2786,6 +2857,15 @@ def test_the_access_line_has_exactly_its_form(proxy):
     assert len(proxy.logged) == 2 and not proxy.errors
 
 
+def test_the_access_line_has_no_query_and_the_reason_of_an_error(proxy):
+    proxy.call("GET", "/api/version?key=SECRET")
+    assert '"GET /api/version HTTP/1.1" 200 ' in proxy.wait_logged("/api/version")
+    proxy.post("/api/chat?key=SECRET", {**CHAT, "model": "nope"})
+    line = proxy.wait_logged("/api/chat")
+    assert re.search(r""" "POST /api/chat HTTP/1\.1" 404 \d+ \d+\.\dms "model 'nope' not found"$""", line)
+    assert "SECRET" not in "\n".join(proxy.logged + proxy.errors)
+
+
 def test_debug_shows_the_whole_way_without_keys(start, target):
     target.answers["/v1/chat/completions"] = http_answer({**WHOLE, "echo": "sk-secret-key"})
     proxy = start("--debug", "--api-key", "sk-secret-key", "--target-api", "openai")
@@ -2950,6 +3030,28 @@ def test_completions_and_embeddings_over_an_ollama(start, ollama_target):
     assert proxy.post("/v1/embeddings", {"model": "llama3", "input": [[1, 2]]}).status == 400
 
 
+@cases("stream", [True, False])
+def test_logprobs_of_completions_have_the_shape_of_completions(start, ollama_target, stream):
+    def told(token, logprob, other):
+        alternatives = [{"token": token, "logprob": logprob}, {"token": other, "logprob": -3.5}]
+        return {"token": token, "logprob": logprob, "bytes": [1], "top_logprobs": alternatives}
+
+    pieces = [("Hi", told("Hi", -0.5, "Ho")), (" you", told(" you", -0.25, " me"))]
+    last = {"response": "", "done": True, "done_reason": "stop"}
+    lines = [{"response": text, "done": False, "logprobs": [item]} for text, item in pieces] + [last]
+    whole = {**last, "response": "Hi you", "logprobs": [item for _, item in pieces]}
+    ollama_target.answers["/api/generate"] = http_stream(ndjson(*lines)) if stream else http_answer(whole)
+    answer = start().post("/v1/completions", {"model": "llama3", "prompt": "x", "logprobs": 2, "stream": stream})
+    sent = ollama_target.calls("/api/generate")[0].json
+    assert sent["logprobs"] is True and sent["top_logprobs"] == 2
+    frames = [frame[6:] for frame in answer.data.split(b"\n\n")[:-2]] if stream else [answer.data]
+    choices = [json.loads(frame)["choices"][0] for frame in frames]
+    told = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+    assert {key: [item for part in told for item in part[key]] for key in told[0]} == {
+        "tokens": ["Hi", " you"], "token_logprobs": [-0.5, -0.25], "text_offset": [0, 2],
+        "top_logprobs": [{"Hi": -0.5, "Ho": -3.5}, {" you": -0.25, " me": -3.5}]}
+
+
 def test_errors_of_an_ollama_come_in_openais_shape(start, ollama_target):
     ollama_target.answers["/api/chat"] = http_answer({"error": "registry/llama3 does not support tools"}, 400)
     answer = start().post("/v1/chat/completions", {**ASK, "tools": [{"type": "function", "function": {"name": "f"}}]})
@@ -3000,6 +3102,19 @@ def test_api_is_relayed_untouched_to_an_ollama(start, ollama_target):
     assert proxy.post("/api/chat", {**ASK, "model": "not-here"}).data == NATIVE          # the Ollama is the judge
     proxy.post("/api/chat", {**ASK, "model": "llama3:proxy"})
     assert ollama_target.calls("/api/chat")[-1].json["model"] == "llama3:latest"
+
+
+def test_the_native_relay_writes_each_key_once(start, ollama_target):
+    proxy = start("--alias", "fast=qwen3:8b", "--set", "qwen3*:num_ctx=5")
+    proxy.post("/api/chat", {"Model": "fast", "Messages": ASK["messages"], "Options": {"top_k": 1}})
+    sent = ollama_target.calls("/api/chat")[-1].json
+    assert {key.lower(): value for key, value in sent.items()} == {
+        "model": "qwen3:8b", "messages": ASK["messages"], "options": {"num_ctx": 5, "top_k": 1}} and len(sent) == 3
+
+
+def test_only_options_become_options_on_the_native_relay(start, ollama_target):
+    start("--set", "llama*:reasoning=drop,open_think=true,num_ctx=5").post("/api/chat", ASK)
+    assert ollama_target.calls("/api/chat")[-1].json == {**ASK, "options": {"num_ctx": 5}}
 
 
 def test_think_is_injected_and_taken_back_on_the_native_relay(start, ollama_target):
@@ -3096,6 +3211,25 @@ def test_bad_framing_is_refused_and_the_connection_closed(proxy, data):
     assert re.match(rb"HTTP/1\.1 (400|501|505) ", answers), answers
     assert answers.count(b"HTTP/1.1 ") == 1 and b"smuggled" not in answers
     assert isinstance(json.loads(answers.partition(b"\r\n\r\n")[2])["error"], str)
+
+
+@cases("data", [b"GET /\r\n", b"GET /\r\n\r\n"])
+def test_a_request_of_http_0_9_is_refused_at_once(start, data):
+    with start("--target-api", "openai", "--client-timeout", "3").dial() as sock:
+        sock.sendall(data)
+        assert read_all(sock).startswith(b"HTTP/1.1 400 ")
+
+
+@cases("address, status", [
+    ("http://127.0.0.1:{port}/api/version?x=1", 200), ("http://localhost:{port}/api/version", 200),
+    ("HTTP://LOCALHOST:{port}/api/version", 200), ("http://127.0.0.1:{port}", 200), ("http://evil.example/", 400),
+    ("http://evil.example:{port}/", 400), ("http://127.0.0.1:1/", 400), ("http://127.0.0.1:{port}@evil.example/", 400),
+    ("ftp://127.0.0.1:{port}/", 400), ("http://", 400), ("//evil.example/", 404)])
+def test_a_whole_address_is_served_if_it_is_ours(proxy, address, status):
+    data = proxy.raw(http_request("GET", address.format(port=proxy.port), b"", "Connection: close"))
+    assert data.startswith(b"HTTP/1.1 %d " % status)
+    if status == 200:
+        assert data.endswith(b'"}' if "version" in address else b"Ollama is running")
 
 
 @cases("prefix, status", [
@@ -3215,6 +3349,8 @@ def test_connections_have_a_limit(start, target):
 
 @cases("host, allowed", [
     ("localhost", 1), ("localhost:11434", 1), ("LOCALHOST", 1), ("127.0.0.1:5", 1), ("[::1]:80", 1), ("x.localhost", 1), ("host.docker.internal", 1), ("my.local", 1),
+    ("[fd00::1]:80", 1), ("172.16.0.1", 1), ("[2001:db8::1]", 0), ("[2001:db8::1]:80", 0), ("203.0.113.5", 0),
+    ("198.18.0.1", 0),
     ("192.168.1.5", 1), ("10.0.0.1:1", 1), ("0.0.0.0", 1), ("evil.com", 0), ("8.8.8.8", 0), ("169.254.1.1", 0), ("ollama", 0), ("localhost.evil.com", 0), ("127.0.0.1.evil.com", 0)])
 def test_a_loopback_listener_answers_to_its_own_names_only(proxy, host, allowed):
     data = proxy.raw(f"GET /api/version HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
@@ -3265,20 +3401,38 @@ def test_a_client_key_is_asked_for_and_never_passed_on(start, target):
 
 
 def test_the_targets_key_goes_to_the_target_and_nowhere_else(start, target):
-    other = ScriptedTarget()
-    target.answers["/v1/chat/completions"] = f"HTTP/1.1 307 X\r\nLocation: {other.url}/v1/chat/completions\r\nContent-Length: 0\r\n\r\n".encode()
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
     proxy = start("--api-key", "sk-target-key", "--target-api", "openai")
-    answer = proxy.post("/api/chat", CHAT)
-    assert answer.status == 502 and other.url in json.loads(answer.data)["error"] and not other.received
-    target.answers["/v1/chat/completions"] = b"HTTP/1.1 308 X\r\nLocation: /v2/chat\r\nContent-Length: 0\r\n\r\n"
-    target.answers["/v2/chat"] = http_stream(HELLO)
     assert proxy.lines("/api/chat", CHAT)[-1]["done"]
-    assert target.calls("/v2/chat")[0].headers["authorization"] == "Bearer sk-target-key" and target.calls("/v2/chat")[0].json["model"] == "m"
-    target.answers["/v1/chat/completions"] = b"HTTP/1.1 308 X\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n"
-    assert "circles" in json.loads(proxy.post("/api/chat", CHAT).data)["error"]
+    assert target.received[-1].headers["authorization"] == "Bearer sk-target-key"
     for path in ("/health", "/api/tags", "/v1/models", "/api/version"):
         assert b"sk-target" not in proxy.call("GET", path).data
+
+
+@cases("status", [301, 302, 303, 307, 308])
+@cases("elsewhere", [True, False], ids=["to another server", "to another path"])
+def test_redirects_are_told_and_not_followed(start, target, status, elsewhere):
+    other = ScriptedTarget()
+    place = other.url if elsewhere else ""
+    target.answers["/v1/chat/completions"] = target.answers["/v1/models"] = (
+        f"HTTP/1.1 {status} X\r\nLocation: {place}/v2/chat/completions?key=1\r\nContent-Length: 0\r\n\r\n").encode()
+    target.answers["/v2/chat/completions"] = http_stream(HELLO)
+    proxy = start("--api-key", "sk-target-key", "--target-api", "openai")
+    for path, body in (("/api/chat", CHAT), ("/v1/chat/completions", CHAT), ("/api/tags", None), ("/v1/models", None)):
+        answer = proxy.call("POST" if body else "GET", path, body)
+        assert answer.status == 502 and answer.headers["Location"] is None
+        assert f"{place or target.url}/v2" in answer.data.decode() and b"--target" in answer.data
+    assert not other.received and not target.calls("/v2/chat/completions")
     other.close()
+
+
+def test_a_redirected_upload_is_told_and_not_sent_again(start, ollama_target):
+    ollama_target.answers["/api/blobs/sha256:x"] = (
+        b"HTTP/1.1 307 X\r\nLocation: http://store.example/blobs/sha256:x\r\nContent-Length: 0\r\n\r\n")
+    upload = http_request("POST", "/api/blobs/sha256:x", b"", "Transfer-Encoding: chunked", "Connection: close")
+    answer = start().raw(upload + chunk(b"abc") + b"0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 502 ") and b"http://store.example" in answer and b"--target" in answer
+    assert [request.data for request in ollama_target.calls("/api/blobs/sha256:x")] == [b"abc"]
 
 
 def test_azure_keys_and_queries(start, target):
@@ -3446,6 +3600,33 @@ def test_a_broken_answer_is_502(start, target, name, data):
     for path in ("/api/chat", "/v1/chat/completions"):
         answer = proxy.post(path, CHAT)
         assert answer.status == 502 and answer.data and not [line for line in proxy.errors if "Traceback" in line]
+
+
+def test_a_length_beside_chunks_counts_for_nothing_and_ends_the_connection(start, target):
+    body = json.dumps(WHOLE).encode()
+    target.answers["/v1/chat/completions"] = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + chunk(body) + b"0\r\n\r\n")
+    proxy = start("--target-api", "openai")
+    assert len(proxy.get("/api/tags")["models"]) == 4
+    for path, wanted in (("/v1/chat/completions", WHOLE), ("/api/chat", None), ("/v1/chat/completions", WHOLE)):
+        before = target.connections
+        answer = proxy.post(path, CHAT)
+        assert answer.status == 200 and (wanted is None or json.loads(answer.data) == wanted)
+        assert proxy.post("/v1/chat/completions", CHAT).status == 200 and target.connections > before
+
+
+@cases("path", ["/api/chat", "/v1/chat/completions"])
+@cases("chunked", [True, False])
+def test_a_compressed_answer_that_stops_inside_is_not_whole(start, target, path, chunked):
+    packed = gzip.compress(json.dumps(WHOLE).encode())[:-9]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    target.answers["/v1/chat/completions"] = head + (
+        b"Transfer-Encoding: chunked\r\n\r\n" + chunk(packed) + b"0\r\n\r\n" if chunked else
+        b"Content-Length: %d\r\n\r\n" % len(packed) + packed)
+    request = http_request("POST", path, {**CHAT, "stream": False}, "Connection: close")
+    data = start("--target-api", "openai").raw(request)
+    assert data.startswith(b"HTTP/1.1 502 ") or b"chunked" in data and not data.endswith(b"0\r\n\r\n")
 
 
 def test_interim_answers_are_not_the_answer(start, target):
