@@ -877,10 +877,16 @@ def steps_of(call, decoder, mode="separate"):
 
 
 def through(translation, pieces):
-    """All bytes of a translation; an early failure as the line that it is not."""
+    """All bytes of a translation; an early failure as the line that it is not.  An exception in `pieces` is a fault."""
+    def coming():
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
     out = b""
     try:
-        for lines in translation.lines(iter(pieces)):
+        for lines in translation.lines(coming()):
             out += b"".join(lines)
     except Told:
         pass
@@ -1079,21 +1085,30 @@ def some_pieces(chance, data):
 @cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
 @cases("face", ["chat", "generate"])
 def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
-    """Same bytes out with and without it, for every sample and for random streams at random cuts."""
+    """Same bytes out with and without it, for every sample and random streams, with random cuts and faults."""
     monkeypatch.setattr(proxy_module, "call_id", lambda *seed: "fixed")
     chance = random.Random(17)
     streams = [row[2] for row in ALL_STREAMS] + [token_stream(chance, dialect) for _ in range(60)]
-    used = 0
+    used, encoded = 0, []
+
+    class Counted(encoder):
+        def encode(self, event):
+            encoded.append(event)
+            return super().encode(event)
+
     for data in streams:
-        pieces = some_pieces(chance, data)
-        outs = []
+        pieces, outs = some_pieces(chance, data), []
+        if chance.random() < .3:
+            pieces[chance.randrange(len(pieces) + 1):] = [proxy_module.BadUpstreamPayload("broke")]
+        encoded.clear()
         for shortcut in (True, False):
+            took = len(encoded)
             call = chat_call(face=face if encoder is OllamaEncoder else "completion" if face == "generate" else "chat",
                              conversation=() if face == "generate" else None)
             decoder = dialect.Decoder(call)
-            pipe = Translation(decoder, encoder(call, StillClock, 1, 2), steps_of(call, decoder), shortcut=shortcut)
+            pipe = Translation(decoder, Counted(call, StillClock, 1, 2), steps_of(call, decoder), shortcut=shortcut)
             outs.append(through(pipe, pieces))
-            used += shortcut and bool(pipe._shortcut._head)
+        used += took < len(encoded) - took
         assert outs[0] == outs[1], (data, pieces)
     assert used > 30
 
@@ -3518,6 +3533,40 @@ def test_pipelined_bytes_are_no_hangup(start, target):
         assert b'"done":true' in first + rest and not proxy.errors
 
 
+def test_a_client_that_leaves_while_the_target_is_dialled_asks_it_nothing(start, certificate):
+    """The target accepts, and keeps its half of the TLS handshake to itself until the client is known to be gone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.both)
+    begun, go = threading.Event(), threading.Event()
+
+    def shake_hands(sock, **options):
+        begun.set()
+        go.wait(PATIENCE)
+        return context.wrap_socket(sock, **options)
+
+    slow = ScriptedTarget(SimpleNamespace(wrap_socket=shake_hands))
+    proxy = start("--target", slow.url, "--insecure", "--target-api", "openai")
+    with proxy.dial() as sock:
+        sock.sendall(http_request("GET", "/v1/x"))
+        assert begun.wait(PATIENCE)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b""        # the proxy has seen it, and ends its side
+    go.set()
+    assert '" 499 ' in proxy.wait_logged("/v1/x") and not slow.received
+    slow.close()
+
+
+def test_a_quick_answer_reaches_a_client_that_has_closed_its_half(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    answers = []
+    for _ in range(3):                  # somebody looks now and then, and may look in just that moment
+        with start("--target-api", "openai").dial() as sock:
+            sock.sendall(http_request("POST", "/api/chat", CHAT))
+            sock.shutdown(socket.SHUT_WR)
+            answers.append(read_all(sock))
+    assert any(b'"done":true' in answer and answer.endswith(b"0\r\n\r\n") for answer in answers)
+
+
 def test_a_client_that_leaves_while_it_sends_its_request_is_let_go(start, target):
     proxy = start("--target-api", "openai")
     sock = proxy.dial()
@@ -3581,11 +3630,49 @@ def test_a_stream_that_is_cut_ends_in_an_error_line(start, target, name, script)
     assert "done" not in json.loads(answer.data)
 
 
-def test_a_relayed_stream_that_is_cut_is_cut_for_the_client(start, target):
-    target.answers["/v1/chat/completions"] = cut(stream_head(), chunk(sse(delta("Hel"), done=False)))
+BROKEN = [row for row in CUTS if "finish" not in row[0]]       # the relay does not know what a finish is
+
+
+@cases("name, script", BROKEN, ids=[row[0] for row in BROKEN])
+def test_a_relayed_stream_that_is_cut_is_cut_for_the_client(start, target, name, script):
+    target.answers["/v1/chat/completions"] = script
+    request = http_request("POST", "/v1/chat/completions", {**CHAT, "stream": True}, "Connection: close")
+    head, _, body = start("--target-api", "openai").raw(request).partition(b"\r\n\r\n")
+    if b" 200 " in head:
+        assert b"chunked" in head and b"Hel" in body and not body.endswith(b"0\r\n\r\n")
+    else:
+        assert head.startswith(b"HTTP/1.1 502 ") and json.loads(body)["error"]["message"]
+
+
+def test_a_body_without_a_length_ends_with_its_connection(start, target):
+    target.answers["/v1/chat/completions"] = cut(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + HELLO)
     proxy = start("--target-api", "openai")
-    data = proxy.raw(http_request("POST", "/v1/chat/completions", {**CHAT, "stream": True}))
-    assert b"Hel" in data and not data.endswith(b"0\r\n\r\n")
+    assert proxy.post("/v1/chat/completions", {**CHAT, "stream": True}).data == HELLO
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+
+
+# c: a large read with a fault somewhere in it
+FAULTS = [("no size", b"zz\r\n"), ("too long a chunk", b"5\r\nhello world\r\n"), ("an empty line", b"\n"),
+          ("the end", b"")]
+
+
+@cases("name, fault", FAULTS, ids=[row[0] for row in FAULTS])
+@cases("face", ["openai", "ollama"])
+def test_what_came_before_a_fault_in_a_large_read_is_not_lost(start, target, face, name, fault):
+    texts = [f"{at:04d} " for at in range(400)]
+    if face == "ollama":
+        frames = [sse(delta(text), done=False) for text in texts]
+        path, proxy = "/api/chat", start("--target-api", "openai")
+    else:
+        frames = [ndjson({"message": {"role": "assistant", "content": text}, "done": False}) for text in texts]
+        path, proxy = "/v1/chat/completions", start("--target-api", "ollama")
+    target.answers["/v1/chat/completions"] = target.answers["/api/chat"] = cut(
+        stream_head() + b"".join(map(chunk, frames)) + fault + chunk(frames[0]) * bool(fault))
+    data = proxy.post(path, {**CHAT, "stream": True}).data
+    lines = [json.loads(line.replace(b"data: ", b"")) for line in data.splitlines() if line]
+    said = [line["message"] if face == "ollama" else line["choices"][0]["delta"] for line in lines[:-1]]
+    assert [text for text in (message["content"] for message in said) if text] == texts
+    assert "error" in lines[-1] and b"[DONE]" not in data
 
 
 HEADS = [("half a head", b"HTTP/1.1 200 OK\r\nContent-Len"), ("no HTTP", b"SSH-2.0-OpenSSH\r\n\r\n"), ("a broken header", b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n"),
@@ -3666,10 +3753,15 @@ def test_a_stale_connection_is_replaced_once_and_only_without_an_answer(start, t
     assert len(target.calls("/v1/chat/completions")) == count + 1
 
 
-def test_an_unasked_second_answer_is_served_to_nobody(start, target):
-    target.answers["/v1/chat/completions"] = [http_answer(WHOLE) + http_answer({"error": "poison"}, 418), http_answer(WHOLE)]
+@cases("answer", [http_answer(WHOLE), http_stream(HELLO)], ids=["counted", "chunked"])
+@cases("rest", [b"", b"\r\n", b"X: y\r\n\r\n", http_answer({"error": "poison"}, 418)],
+       ids=["nothing", "an empty line", "a trailer", "an answer"])
+def test_bytes_behind_an_answer_are_nobodys(start, target, answer, rest):
+    target.answers["/v1/chat/completions"] = [answer + rest, answer]
     proxy = start("--target-api", "openai")
-    assert proxy.post("/api/chat", CHAT).status == proxy.post("/api/chat", CHAT).status == 200
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
+    before = target.connections
+    assert proxy.lines("/api/chat", CHAT)[-1]["done"] and target.connections == before + bool(rest)
 
 
 def test_connections_to_the_target_are_kept(start, target):
@@ -3867,6 +3959,44 @@ def test_a_plain_http_proxy_and_no_proxy(start, target, monkeypatch):
     monkeypatch.setenv("no_proxy", "inference.example")
     assert start("--target", "http://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT).status == 502
     tunnel.close()
+
+
+def deflated(data, wbits):
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+@cases("coding, wbits", [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("deflate", -15)],
+       ids=["gzip", "x-gzip", "deflate", "deflate without its head"])
+def test_compressed_answers_are_unpacked_however_they_are_cut(start, target, coding, wbits):
+    packed = deflated(HELLO, wbits)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: {coding}\r\n".encode()
+    counted = [head + b"Content-Length: %d\r\n\r\n" % len(packed)]
+    singly = [packed[at:at + 1] for at in range(len(packed))]
+    chunked = [head + b"Transfer-Encoding: chunked\r\n\r\n"]
+    proxy = start("--target-api", "openai")
+    for pieces in (counted + [packed], counted + singly, chunked + [*map(chunk, singly), b"0\r\n\r\n"]):
+        target.answers["/v1/chat/completions"] = cut(*pieces)
+        assert proxy.post("/v1/chat/completions", {**CHAT, "stream": True}).data == HELLO
+        assert [value["message"]["content"] for value in proxy.lines("/api/chat", CHAT)] == ["Hel", "lo", ""]
+
+
+def test_a_compressed_stream_is_unpacked_as_it_comes(start, target):
+    packer = zlib.compressobj(wbits=31)
+    first = packer.compress(sse(delta("Hel"), done=False)) + packer.flush(zlib.Z_SYNC_FLUSH)
+    rest = packer.compress(sse(delta("lo"), STOP)) + packer.flush()
+
+    def slowly(talk):
+        talk.send(stream_head().replace(b"\r\n", b"\r\nContent-Encoding: gzip\r\n", 1) + chunk(first))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(rest) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = slowly
+    with start("--target-api", "openai").dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(sock, b"Hel")
+        target.go.set()
+        read_until(sock, b'"done":true')
 
 
 def test_gzip_answers_are_unpacked(start, target):
