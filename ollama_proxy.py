@@ -120,7 +120,7 @@ MAX_HEADERS = 100
 MAX_BODY_BYTES = 128 * 1024 * 1024
 # A whole answer of the target: embeddings of a large batch reach tens of megabytes.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-MAX_INFLATED = 8 * 1024 * 1024   # out of one read of READ_SIZE
+MAX_INFLATED = 8 * 1024 * 1024   # out of one piece of READ_SIZE
 MAX_ERROR_BYTES = 256 * 1024
 # One SSE event or NDJSON line.  Ollama's own client stops at 8 MB.
 MAX_LINE_BYTES = 32 * 1024 * 1024
@@ -133,20 +133,14 @@ BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIEN
 GRACE = 8.0                      # container managers kill 10 s after SIGTERM
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
 RELAY_WHOLE = 1024 * 1024        # a relayed answer up to this size is read whole: if it breaks, that still is a 502
-READ_SIZE = 120 * 1024           # from 128 KiB on the C library asks the system for fresh pages each time
+READ_SIZE = 64 * 1024
 POOL_SIZE = 512                  # idle connections kept to one target: as many as may come at once
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
-DOWN_MEMORY = 3.0                # seconds a dead target is not asked for its list again
+FAILURE_MEMORY = 3.0             # seconds a target that gave no list is not asked again
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
-ASK_TIMEOUT = 3.0                # seconds for what tells an Ollama from an OpenAI server
-ABSENT_MEMORY = 600.0            # seconds metadata that is not there is not looked for again
-DISCOVERY_PATIENCE = 0.7         # seconds tags, show and ps wait before they answer from memory
-FIRST_PATIENCE = 4.0             # the same when there is no memory yet; Home Assistant gives up after 5
-DETAILS_PATIENCE = 1.5           # seconds more for metadata, the first time
-HUNG_MEMORY = 60.0               # seconds a target whose list hung is not asked for it again
-PROBE_TIMEOUT = 3.0              # seconds for metadata that is nice to have
-KEEPSAKES = 2048                 # tool calls whose provider extras are remembered
+PROBE_TIMEOUT = 3.0              # seconds for what is nice to know; Home Assistant gives up on tags after 5
+CALL_EXTRAS = 2048               # tool calls whose provider extras are remembered
 DEFAULT_CONTEXT = 131072
 DEFAULT_COMPLETION_TOKENS = 4096  # /v1/completions stops after 16 on several servers otherwise
 CONTEXT_BYTES = 256 * 1024       # conversation carried inside generate's `context` numbers
@@ -222,16 +216,20 @@ class ChatCall(NamedTuple):
     logprobs: Optional[int] = None
     keep_alive: Any = None
     want_usage: bool = False
-    images: tuple = ()
     conversation: Optional[tuple] = None
-    raw: bool = False
 
-    def prompt_bytes(self) -> int:
-        """Size of everything the model reads, for the estimate of a count nobody told."""
-        total = len(self.prompt or "") + len(self.suffix)
-        for message in self.messages:
-            total += len(message.content) + len(message.thinking)
-        return total
+    @property
+    def offered(self) -> tuple:
+        """The tools that the model may use: all of them, or the one that the client named."""
+        named = self.tool_choice if isinstance(self.tool_choice, tuple) else None
+        return tuple(tool for tool in self.tools if named is None or tool.name in named)
+
+    def prompt_tokens(self) -> int:
+        """An estimate for the count that the upstream did not tell: a quarter of the bytes the model reads."""
+        texts = [self.prompt or "", self.suffix]
+        texts += [text for message in self.messages for text in (message.content, message.thinking)]
+        texts += [tool.name + tool.description + str(tool.parameters) for tool in self.tools]
+        return max(1, sum(len(text.encode("utf-8", "replace")) for text in texts) // 4)
 
 
 class EmbedCall(NamedTuple):
@@ -329,6 +327,7 @@ class Habits(NamedTuple):
     echo: tuple = ()                # what it wants back with tool calls: "extra_content", ...
     tool_ids: str = ""              # "nine": ids of exactly nine letters or digits
     bridge: bool = False            # an assistant turn must stand between tool results and a user turn
+    fill_reasoning: bool = False    # every assistant turn must carry reasoning_content
     dimensions: str = "dimensions"  # its name for the length of an embedding
     ttl: bool = False               # knows `ttl` seconds, the counterpart of keep_alive
     limit_chat: bool = False        # cuts chat answers short unless a limit is sent
@@ -344,8 +343,7 @@ class Dialect(NamedTuple):
     render_embed: Callable          # EmbedCall, Habits -> WireRequest
     read_embeddings: Callable       # answer, count -> (vectors, Usage)
     render_embeddings: Callable     # EmbedCall, vectors, Usage, durations -> answer
-    Decoder: Callable               # ChatCall, ... -> bytes to events
-    decode_body: Callable           # answer, ChatCall -> events
+    Decoder: Callable               # ChatCall -> bytes, or a whole answer, to events
     Encoder: Callable               # ChatCall, clock, ... -> events to bytes, or to one answer
     render_error: Callable          # ProxyError -> answer
 
@@ -367,28 +365,24 @@ class Dialect(NamedTuple):
 
 
 class ProxyError(Exception):
-    """Base: `status` for the client, `message` in one plain sentence, extra response `headers`."""
+    """Base: `status` for the client, `message` in one plain sentence, extra response `headers`, OpenAI's `code`.
+
+    With `close` the connection is out of step and must end.
+    """
 
     status = 500
-    close = False                   # the connection is out of step and must end
 
-    def __init__(self, message: str, status: Optional[int] = None, headers: Iterable = (), code: Any = None):
+    def __init__(self, message: str, status: Optional[int] = None, headers: Iterable = (), code: Any = None,
+                 close: bool = False) -> None:
         super().__init__(message)
-        self.message = message
-        self.status = status or self.status
-        self.headers = tuple(headers)
-        self.code = code
+        self.message, self.status, self.headers = message, status or self.status, tuple(headers)
+        self.code, self.close = code, close
 
 
 class BadRequest(ProxyError):
-    """The client sent something that cannot be served; `close` when the connection is out of step."""
+    """The client sent something that cannot be served."""
 
     status = 400
-
-    def __init__(self, message: str, status: Optional[int] = None, headers: Iterable = (), close: bool = False,
-                 code: Any = None):
-        super().__init__(message, status, headers, code)
-        self.close = close
 
 
 class Unauthorized(BadRequest):
@@ -404,14 +398,12 @@ class UpstreamError(ProxyError):
 
 
 class UpstreamRefused(UpstreamError):
-    """The target answered with a 4xx or 5xx; `body` is what it sent, `param` the field it named."""
+    """The target answered with a 4xx or 5xx: the JSON `body` it sent (None when it was none), and the bytes of it."""
 
     def __init__(self, message: str, status: int, headers: Iterable = (), body: Any = None, raw: bytes = b"",
-                 content_type: str = JSON):
+                 content_type: str = JSON) -> None:
         super().__init__(message, status, headers)
-        self.body = body
-        self.raw = raw
-        self.content_type = content_type
+        self.body, self.raw, self.content_type = body, raw, content_type
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -450,63 +442,74 @@ def model_not_found(name: str) -> BadRequest:
 # Nothing in this room waits, and nothing in it knows what the JSON means.
 # ----------------------------------------------------------------------------
 
-_decode_json = json.JSONDecoder(parse_constant=lambda _: None).decode
-_scan_json = json.JSONDecoder(parse_constant=lambda _: None).raw_decode
-_decode_first_json = json.JSONDecoder(parse_constant=lambda _: None, strict=False).raw_decode
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"invalid number {text}")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    return number if number - number == 0 else _refuse_number(text)     # type: ignore[return-value]
+
+
+_read_json = json.JSONDecoder(parse_constant=lambda _: None, strict=False).raw_decode
+_read_request = json.JSONDecoder(parse_float=_finite_number, parse_constant=_refuse_number).raw_decode
 _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 encode_text = json.encoder.encode_basestring_ascii
 
-_NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b'[]{}"\\')))
-_STRING_SHAPE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def dump(value: Any) -> bytes:
-    """Compact ASCII JSON.  Raises BadRequest for numbers JSON cannot hold and for absurd nesting."""
+    """Compact ASCII JSON.  A number beyond what JSON can hold (a model's 1e999) becomes null.  Raises BadRequest
+    for absurd nesting."""
     try:
         return _encode_json(value).encode("ascii")
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"cannot be written as JSON: {error}") from None
+    except ValueError:
+        return _encode_json(_finite(value)).encode("ascii")
+    except RecursionError:
+        raise BadRequest("nested too deeply") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or value - value == 0 else None
 
 
 def json_depth(data: bytes) -> int:
     """How deep arrays and objects nest, up to MAX_JSON_DEPTH, strings left aside; broken JSON is no matter."""
-    found = 0
-    for bracket in (b"[", b"{"):        # find() passes long texts at many times the speed of count()
-        at = data.find(bracket)
-        while at >= 0 and found < MAX_JSON_DEPTH:
-            found, at = found + 1, data.find(bracket, at + 1)
-    if found < MAX_JSON_DEPTH:
-        return 0
-    skeleton = data.translate(None, _NOT_STRUCTURE)     # only brackets, quotes and backslashes remain
-    depth = deepest = 0
-    for byte in _STRING_SHAPE.sub(b"", skeleton):
-        if byte in b"[{":
-            depth += 1
-            if depth > deepest:
-                deepest = depth
-                if depth >= MAX_JSON_DEPTH:
-                    break
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
+    if data.count(b"[") + data.count(b"{") < MAX_JSON_DEPTH:
+        return 0                        # nearly always: that many brackets cannot nest so deep
+    brackets = _JSON_STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
+    for depth in range(MAX_JSON_DEPTH):
+        peeled = brackets.replace(b"[]", b"").replace(b"{}", b"")       # the innermost level of all there are
+        if len(peeled) == len(brackets):
+            return min(depth + len(brackets), MAX_JSON_DEPTH)      # and what has no partner
+        brackets = peeled
+    return MAX_JSON_DEPTH
 
 
 def load(data: bytes) -> Any:
-    """JSON of the upstream: lenient about NaN (becomes null), strict about depth.  Raises ValueError."""
+    """JSON of the upstream: lenient about NaN (null) and control characters, strict about depth.  Raises ValueError."""
     if json_depth(data) >= MAX_JSON_DEPTH:
         raise ValueError("nested too deeply")
     text = str(data, "utf-8", "replace").strip(" \t\r\n")
-    value, end = _scan_json(text)
+    value, end = _read_json(text)
     if end < len(text):
         raise ValueError("more than one value")
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"invalid number literal {name}")
-
-
-_decode_request = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+def load_or_none(data: bytes) -> Any:
+    """load(), or None for what is no JSON (and for a null, which says nothing)."""
+    try:
+        return load(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def load_request(data: bytes) -> dict:
@@ -521,11 +524,7 @@ def load_request(data: bytes) -> dict:
     if json_depth(data) >= MAX_JSON_DEPTH:
         raise BadRequest("exceeded max depth")
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"invalid UTF-8 in request body at byte {error.start}") from None
-    try:
-        value, _ = _decode_request(text.lstrip("\ufeff \t\r\n"))
+        value, _ = _read_request(str(data, "utf-8", "replace").lstrip("\ufeff \t\r\n"))    # U+FFFD, as Go reads it
     except RecursionError:
         raise BadRequest("exceeded max depth") from None
     except ValueError as error:
@@ -534,10 +533,14 @@ def load_request(data: bytes) -> dict:
         raise BadRequest(f"invalid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"json: cannot unmarshal {json_kind(value)} into a request object")
-    if not all(map(str.islower, value)):        # Ollama matches keys without regard to case
-        for key in [key for key in value if not key.islower()]:
-            value.setdefault(key.lower(), value[key])
     return value
+
+
+def lower_keys(value: dict) -> dict:
+    """`value` with its keys in lower case: Ollama matches keys without regard to case."""
+    if all(map(str.islower, value)):
+        return value
+    return {key.lower(): item for key, item in sorted(value.items(), key=lambda pair: pair[0].islower())}
 
 
 _KINDS = {str: "string", bool: "bool", list: "array", dict: "object", int: "integer", float: "number"}
@@ -561,12 +564,7 @@ def field(body: dict, name: str, kind: type, default: Any = None) -> Any:
 
 def json_kind(value: Any) -> str:
     """The JSON name of a value's type, for error texts."""
-    if value is None:
-        return "null"
-    for kind, name in ((bool, "bool"), (str, "string"), ((int, float), "number"), (list, "array")):
-        if isinstance(value, kind):
-            return name
-    return "object"
+    return {**_KINDS, type(None): "null", int: "number"}.get(type(value), "object")
 
 
 class LineDecoder:
@@ -584,8 +582,7 @@ class LineDecoder:
             if data[:1] == b"\n":
                 data = data[1:]
         if b"\r" in data:
-            if data[-1:] == b"\r":
-                self._after_cr = True
+            self._after_cr = data[-1:] == b"\r"
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = data.split(b"\n")
         if len(lines) > 1 and self._pieces:
@@ -610,8 +607,11 @@ class LineDecoder:
         return [rest] if rest else []
 
 
+DONE = object()                                 # what a frame of [DONE] says
+
+
 class FrameDecoder:
-    """SSE frames or bare NDJSON lines to (event name, JSON value or None for [DONE]).
+    """SSE frames or bare NDJSON lines to (event name, JSON value or DONE).
 
     Every data line is tried as JSON when it arrives, so a server that forgets the blank line costs no
     delay; lines that are no JSON alone are joined as the SSE standard says.  A body that is no stream
@@ -653,7 +653,7 @@ class FrameDecoder:
                     break
                 self._event = ""
             elif line.strip() == b"[DONE]":
-                frames.append(("", None))
+                frames.append(("", DONE))
             elif self._bare or line.lstrip()[:1] in (b"{", b"["):
                 self._bare_line(line, frames)
             elif line[:6] == b"event:":
@@ -664,8 +664,8 @@ class FrameDecoder:
 
     def _data(self, payload: bytes, frames: list) -> None:
         if payload == b"[DONE]":
-            frames.append((self._event, None))
-        elif payload or self._pending:
+            frames.append((self._event, DONE))
+        elif payload not in (b"", b"null") or self._pending:
             self._pending.append(payload)
             if len(self._pending) > 1000:
                 raise BadUpstreamPayload("upstream sent an event of more than 1000 lines")
@@ -687,14 +687,6 @@ class FrameDecoder:
             frames.append(("", value))
 
 
-def load_or_none(data: bytes) -> Any:
-    """load(), or None for what is no JSON (and for a null, which says nothing)."""
-    try:
-        return load(data)
-    except (ValueError, RecursionError):
-        return None
-
-
 def sse_frame(value: Any) -> bytes:
     """One `data:` event (WHATWG server-sent events)."""
     return b"data: " + dump(value) + b"\n\n"
@@ -712,7 +704,9 @@ def http_chunk(data: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 _CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
+_TRAILERS = rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*"
+_END = re.compile(_TRAILERS + rb"\r\n")
+_BEGUN = re.compile(_TRAILERS + rb"[^\r\n]*\r?")        # of an end that has not come as a whole
 _CHUNK_LINE_BYTES = 4096
 
 
@@ -724,11 +718,9 @@ class ChunkedDecoder:
     anything else, and leaves what came before it in `salvaged`.
     """
 
-    def __init__(self, limit: int = 1 << 62) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._left = 0                  # content bytes before the next CR LF
         self._last = False              # the last chunk has come, its trailers not yet
-        self.content = 0
         self.rest = b"\r\n"
         self.done = False
         self.salvaged = b""
@@ -740,42 +732,31 @@ class ChunkedDecoder:
         while at < len(data) and not self._last:
             line = _CHUNK.match(data, at)
             if line is None:
-                self._expect(data[at:], pieces, b"\r\n")
+                self._expect(b"\r\n".startswith(data[at:at + 2]) and b"\n" not in data[at + 2:], data[at:], pieces)
                 break
             size, begin = int(line[1], 16), line.end()
-            self.content += size
-            if self.content > self._limit:
-                raise BodyTooLarge("body too large")
             self._last, at = not size, begin + size
             pieces.append(data[begin:at])
         self._left, self.rest = max(0, at - len(data)), data[at:]
         if self._last and not self._left:
-            end = _TRAILERS.match(self.rest)
+            end = _END.match(self.rest)
             if end is not None:
                 self.done, self.rest = True, self.rest[end.end():]
             else:
-                self._expect(self.rest, pieces, b"")
+                self._expect(_BEGUN.fullmatch(self.rest), self.rest, pieces)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _expect(self, held: bytes, pieces: list, before: bytes) -> None:
+    def _expect(self, plausible: Any, held: bytes, pieces: list) -> None:
         """Raises ValueError unless `held` may be the beginning of a size line or of trailers."""
-        if len(held) > _CHUNK_LINE_BYTES or not (held.startswith(before) or before.startswith(held)) \
-                or (before and b"\n" in held[2:]) or (not before and not _TRAILER_BEGUN.fullmatch(held)):
+        if not plausible or len(held) > _CHUNK_LINE_BYTES:
             self.salvaged = b"".join(pieces)
             raise ValueError("chunk longer than its size, malformed size or trailer")
 
 
-_TRAILER_BEGUN = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*(?:[^\r\n]*\r?)")
-
-
-class BodyTooLarge(ValueError):
-    """A chunked body grew beyond its limit."""
-
-
 def inflater(coding: str) -> Optional[Callable]:
-    """What takes a content coding off an answer, piece by piece; None when there is none.
+    """What takes a content coding off an answer: piece -> piece, and None at the end -> b"".  None without a coding.
 
-    Raises BadUpstreamPayload for a coding that was not asked for.
+    Raises BadUpstreamPayload for a coding that was not asked for, a broken body or one that is cut short.
     """
     if coding in ("", "identity"):
         return None
@@ -784,8 +765,12 @@ def inflater(coding: str) -> Optional[Callable]:
     inflate: Any = zlib.decompressobj(31) if coding != "deflate" else None
     head = b""
 
-    def step(data: bytes) -> bytes:
+    def step(data: Optional[bytes]) -> bytes:
         nonlocal inflate, head
+        if data is None:
+            if inflate is None or not inflate.eof:
+                raise StreamTruncated("upstream closed the connection in the middle of its answer")
+            return b""
         if inflate is None:             # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2)
             data = head = head + data
             if len(data) < 2:
@@ -802,6 +787,9 @@ def inflater(coding: str) -> Optional[Callable]:
     return step
 
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 def one_line(text: Any, limit: int = 500) -> str:
     """Text for a log line or an error: one line, control characters escaped, cut to `limit`."""
     if isinstance(text, (bytes, bytearray)):
@@ -813,7 +801,8 @@ def one_line(text: Any, limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"), (b"ID3", "audio/mp3"),
+          (b"\xff\xfb", "audio/mp3"), (b"\xff\xf3", "audio/mp3"))
 
 
 def sniff_media_type(data: str) -> str:
@@ -824,15 +813,10 @@ def sniff_media_type(data: str) -> str:
         return "image/jpeg"
     if head[:4] == b"RIFF":
         return "audio/wav" if head[8:12] == b"WAVE" else "image/webp"
-    for magic, media_type in ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"),
-                              (b"ID3", "audio/mp3"), (b"\xff\xfb", "audio/mp3"), (b"\xff\xf3", "audio/mp3")):
-        if head.startswith(magic):
-            return media_type
-    return "image/jpeg"
+    return next((media_type for magic, media_type in _MAGIC if head.startswith(magic)), "image/jpeg")
 
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.A)
-_URLSAFE = str.maketrans("-_", "+/")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 
 
@@ -848,15 +832,11 @@ def parse_image(value: Any) -> Optional[Image]:
     if value[:7] in ("http://", "https:/"):
         return Image(url=value)
     match = _DATA_URL.match(value[:200])
-    data = value[match.end():] if match else value
-    if not data.strip():
+    data = "".join((value[match.end():] if match else value).split()).replace("-", "+").replace("_", "/")
+    if not data:
         return None
-    if not data.isascii() or any(space in data for space in "\r\n\t "):
-        data = "".join(data.split())
-    if "-" in data or "_" in data:
-        data = data.translate(_URLSAFE)
     data += "=" * (-len(data) % 4)
-    if len(data) % 4 or not _BASE64.fullmatch(data):
+    if not _BASE64.fullmatch(data):
         raise BadRequest("illegal base64 data in image")
     sniffed = sniff_media_type(data)
     named = match[1] if match and match[1] and match[1] != "image/jpg" else ""
@@ -881,38 +861,30 @@ def parse_arguments(value: Any) -> Optional[dict]:
     Nothing, "" and "null" are {}; None is returned for what cannot be read.
     """
     for _ in range(3):
+        if isinstance(value, str):
+            text = value.strip()
+            value = load_or_none(text.encode("utf-8", "surrogatepass")) if text not in ("", "null") else None
+            if value is None and text not in ("", "null"):
+                return None
         if value is None:
             return {}
         if isinstance(value, dict):
             return value
-        if not isinstance(value, str):
-            return None
-        text = value.strip()
-        if not text:
-            return {}
-        if json_depth(text.encode("utf-8", "replace")) >= MAX_JSON_DEPTH:
-            return None
-        try:
-            value, end = _decode_first_json(text)
-        except (ValueError, RecursionError):
-            return None
-        if text[end:].strip():
-            return None
     return None
+
+
+_SCHEMA_KEYS = frozenset(("type", "properties", "required", "$defs", "definitions", "items", "anyOf", "oneOf", "allOf",
+                          "$ref", "additionalProperties", "$schema", "title"))
 
 
 def schema_of(parameters: Any) -> dict:
     """A tool's parameters as an object schema: fills in what clients leave out (clients rule 42)."""
     if not isinstance(parameters, dict) or not parameters:
         return {"type": "object", "properties": {}}
-    known = ("type", "properties", "required", "$defs", "definitions", "items", "anyOf", "oneOf", "allOf", "$ref",
-             "additionalProperties", "description", "$schema", "title")
-    if "type" not in parameters and "properties" not in parameters \
-            and not any(key in parameters and key != "description" for key in known[2:]) \
-            and all(isinstance(value, dict) for value in parameters.values()):
+    if _SCHEMA_KEYS.isdisjoint(parameters) and all(isinstance(value, dict) for value in parameters.values()):
         return {"type": "object", "properties": parameters}     # a bare property map
     schema = {key: value for key, value in parameters.items() if key != "$schema" and value is not None}
-    if "type" not in schema and not any(key in schema for key in ("anyOf", "oneOf", "allOf", "$ref")):
+    if schema.keys().isdisjoint(("type", "anyOf", "oneOf", "allOf", "$ref")):
         schema = {"type": "object", **schema}
     if schema.get("type") == "object":
         schema.setdefault("properties", {})
@@ -966,6 +938,11 @@ def nanoseconds(value: Any, unit: float) -> Optional[int]:
         return max(1, round(value * unit * 1e9))
     return None
 
+
+def present(**fields: Any) -> dict:
+    """The fields that say something: for JSON in which absence means "not said"."""
+    return {key: value for key, value in fields.items() if value is not None}
+
 # ----------------------------------------------------------------------------
 # Room 5.  Ollama dialect: /api/*, both faces (Ollama v0.33, docs/api.md)
 # ----------------------------------------------------------------------------
@@ -980,8 +957,32 @@ OLLAMA_OPTION_KEYS = {
 }
 _OPTION_NAMES = {wire: name for name, wire in OLLAMA_OPTION_KEYS.items()}
 OPTION_KINDS = {"top_k": int, "seed": int, "max_tokens": int, "repeat_last_n": int}
-_GO_KINDS = {int: "integer", float: "float32", list: "array"}
+# Below it an option says "no limit", "random" or "off": what absence means to everybody else.
+_LEAST = {"max_tokens": 1, "top_k": 1, "repeat_last_n": 0, "seed": 0}
 THINK_LEVELS = ("low", "medium", "high", "max")
+
+# Fields of requests and their JSON types (ollama-api 2.4 to 2.10); `object` may be anything.
+OLLAMA_FIELDS = {
+    "model": str, "name": str, "messages": list, "prompt": str, "suffix": str, "system": str, "template": str,
+    "raw": bool, "context": list, "images": list, "stream": bool, "options": dict, "tools": list, "tool_choice": object,
+    "format": object, "think": object, "keep_alive": object, "logprobs": bool, "top_logprobs": int, "truncate": bool,
+    "shift": bool, "dimensions": int, "input": object}
+MESSAGE_FIELDS = {"role": str, "content": object, "thinking": str, "images": list, "tool_calls": list,
+                  "tool_name": str, "tool_call_id": str}
+CALL_FIELDS = {"id": str, "function": dict, "name": str, "arguments": object}
+TOOL_FIELDS = {"type": str, "function": dict, "name": str, "description": str, "strict": object}
+
+
+def typed(body: Any, kinds: dict, name: str = "") -> dict:
+    """The fields of a request, or of the object in its field `name`, nulls left out; those in `kinds` have that type.
+
+    Raises BadRequest 400 in the wording of Ollama's parser.
+    """
+    if not isinstance(body, dict):
+        raise BadRequest(f"json: cannot unmarshal {json_kind(body)} into field {name} of type object")
+    body = lower_keys(body)
+    return {key: value if kinds.get(key, object) is object else field(body, key, kinds[key])
+            for key, value in body.items() if value is not None}
 
 
 def parse_options(options: dict) -> tuple[dict, dict]:
@@ -993,35 +994,22 @@ def parse_options(options: dict) -> tuple[dict, dict]:
     rest: dict = {}
     for wire, value in options.items():
         name = _OPTION_NAMES.get(wire)
-        if value is None:
-            continue
-        if name is None:
-            rest[wire] = value
-            continue
         if name == "stop":
-            value = parse_stop(value)
-            if not value:
-                continue
-        else:
+            value = parse_stop(value) or None
+        elif name is not None and value is not None:
             kind = OPTION_KINDS.get(name, float)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadRequest(f'option "{wire}" must be of type {_GO_KINDS[kind]}')
-            if kind is int:
-                try:
-                    value = int(value)
-                except (ValueError, OverflowError):
-                    raise BadRequest(f'option "{wire}" must be of type integer') from None
-            if (name == "max_tokens" and value <= 0) or (name == "seed" and value == -1) \
-                    or (name in ("repeat_last_n", "top_k") and value < (name == "top_k")):
-                continue                # "no limit", "random", "off": what absence means to everybody else
-        neutral[name] = value
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:
+                raise BadRequest(f'option "{wire}" must be of type {"integer" if kind is int else "float32"}')
+            value = int(value) if kind is int else value
+            value = value if value >= _LEAST.get(name, value) else None
+        if value is not None:
+            (rest if name is None else neutral)[name or wire] = value
     return neutral, rest
 
 
 def parse_stop(value: Any) -> list:
     """Stop strings from one string or a list; empty ones end some servers' answers at once."""
-    if isinstance(value, str):
-        value = [value]
+    value = [value] if isinstance(value, str) else value or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise BadRequest('option "stop" must be of type array of strings')
     if len(value) > 64 or any(len(item) > 256 for item in value):
@@ -1079,25 +1067,21 @@ def keep_alive_seconds(value: Any) -> Optional[float]:
 
 def require_model(body: dict) -> str:
     """The model's name, under its present or its legacy key; "" when there is none."""
-    return (field(body, "model", str, "") or field(body, "name", str, "")).strip()
+    return (body.get("model") or body.get("name") or "").strip()
 
 
-def parse_tools(value: Any) -> tuple:
+def parse_tools(value: Iterable) -> tuple:
     """Tools of a request -> Tool; only functions, since nothing else can be offered to the model."""
     tools = []
-    for tool in value or ():
-        if not isinstance(tool, dict):
-            raise BadRequest("json: cannot unmarshal a tool: an object is expected")
-        function = tool.get("function")
-        if function is None and "name" in tool:
-            function = tool
-        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+    for tool in value:
+        tool = typed(tool, TOOL_FIELDS, "tools")
+        function = typed(tool.get("function", tool), TOOL_FIELDS, "function")
+        if tool.get("type", "function") != "function":
             continue
-        name = function.get("name")
-        if not isinstance(name, str) or not name:
+        if not function.get("name"):
             raise BadRequest("a tool has no name")
         strict = function.get("strict")
-        tools.append(Tool(name, as_text(function.get("description")), schema_of(function.get("parameters")),
+        tools.append(Tool(function["name"], function.get("description", ""), schema_of(function.get("parameters")),
                           strict if isinstance(strict, bool) else None))
     return tuple(tools)
 
@@ -1107,15 +1091,14 @@ def parse_tool_choice(value: Any) -> Any:
     if isinstance(value, dict):
         name = as_dict(value.get("function")).get("name") or value.get("name")
         return (name,) if isinstance(name, str) and name else None
-    return {"none": "none", "required": "required", "any": "required", "auto": "auto"}.get(value) \
-        if isinstance(value, str) else None
+    return {"none": "none", "required": "required", "any": "required", "auto": "auto"}.get(as_text(value))
 
 
 def parse_logprobs(body: dict) -> Optional[int]:
     """`logprobs` and `top_logprobs` -> None or the number of alternatives."""
-    if not field(body, "logprobs", bool, False):
+    if not body.get("logprobs"):
         return None
-    top = field(body, "top_logprobs", int, 0)
+    top = body.get("top_logprobs", 0)
     if not 0 <= top <= 20:
         raise BadRequest("top_logprobs must be between 0 and 20")
     return top
@@ -1148,67 +1131,49 @@ def parse_parts(parts: list) -> tuple[str, tuple, str]:
 
 def parse_call(call: Any) -> ToolCall:
     """One tool call of the history, whichever way its arguments are written."""
-    function = as_dict(as_dict(call).get("function")) or as_dict(call)
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
-        name = "unknown"
+    call = typed(call, CALL_FIELDS, "tool_calls")
+    function = typed(call.get("function", call), CALL_FIELDS)
+    name = function.get("name") or "unknown"
     arguments = parse_arguments(function.get("arguments"))
     if arguments is None:
         raise BadRequest(f"invalid tool call arguments of {one_line(name, 60)}: a JSON object is expected")
-    return ToolCall(as_text(call.get("id")), name, arguments)
-
-
-_PLAIN_ROLES = frozenset(("user", "assistant", "system"))
+    return ToolCall(call.get("id", ""), name, arguments)
 
 
 def parse_message(message: Any) -> Message:
     """One message as Ollama and OpenAI clients write it (the two differ in names, not in meaning)."""
-    if not isinstance(message, dict):
-        raise BadRequest(f"json: cannot unmarshal {json_kind(message)} into field messages of type object")
-    role, content = message.get("role"), message.get("content")
-    if len(message) == 2 and type(content) is str and role in _PLAIN_ROLES:
-        return Message(role, content)
-    if not all(map(str.islower, message)):
-        message = {**{key.lower(): value for key, value in message.items()}, **message}
-    role = (field(message, "role", str, "") or "user").lower()
-    content, images, thinking = message.get("content"), (), ""
+    message = typed(message, MESSAGE_FIELDS, "messages")
+    role, content = (message.get("role") or "user").lower(), message.get("content", "")
+    images: tuple = ()
+    thinking = ""
     if isinstance(content, list):
         content, images, thinking = parse_parts(content)
     elif isinstance(content, dict) and role == "tool":
         content = json.dumps(content)           # a result that was never turned into text
-    elif content is not None and not isinstance(content, str):
+    elif not isinstance(content, str):
         raise BadRequest(f"json: cannot unmarshal {json_kind(content)} into field content of type string")
     for key in ("thinking", "reasoning_content", "reasoning"):
         thinking = thinking or as_text(message.get(key))
-    extra_images = message.get("images")
-    if extra_images:
-        if not isinstance(extra_images, list):
-            raise BadRequest(f"json: cannot unmarshal {json_kind(extra_images)} into field images of type array")
-        images += tuple(image for image in map(parse_image, extra_images) if image)
-    calls = message.get("tool_calls") or ()
-    if not isinstance(calls, (list, tuple)):
-        raise BadRequest(f"json: cannot unmarshal {json_kind(calls)} into field tool_calls of type array")
+    images += tuple(filter(None, map(parse_image, message.get("images", ()))))
+    calls = message.get("tool_calls", ())
     if len(calls) > 512:
         raise BadRequest("more than 512 tool calls in one message")
-    return Message("system" if role == "developer" else role, content or "", thinking, images,
-                   tuple(parse_call(call) for call in calls), as_text(message.get("tool_call_id")),
-                   as_text(message.get("tool_name")) or (as_text(message.get("name")) if role == "tool" else ""))
+    name = message.get("tool_name") or (as_text(message.get("name")) if role == "tool" else "")
+    return Message("system" if role == "developer" else role, content, thinking, images, tuple(map(parse_call, calls)),
+                   message.get("tool_call_id", ""), name)
 
 
 def _common(body: dict) -> dict:
     """The fields that /api/chat and /api/generate share, as arguments of ChatCall."""
-    wire = field(body, "options", dict, {})
-    for name, key in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "num_predict")):
-        if body.get(name) is not None:          # some AI SDK providers lift these to the top level
-            wire = {key: body[name], **wire}
+    wire = body.get("options", {})
+    # Some AI SDK providers lift options to the top level.
+    wire = {**present(temperature=body.get("temperature"), top_p=body.get("top_p"),
+                      num_predict=body.get("max_output_tokens")), **wire}
     options, extra = parse_options(wire)
-    keep_alive = body.get("keep_alive", wire.get("keep_alive"))
-    return dict(options=options, extra=extra, think=parse_think(body.get("think")), keep_alive=keep_alive,
+    return dict(options=options, extra=extra, think=parse_think(body.get("think")),
+                keep_alive=body.get("keep_alive", wire.get("keep_alive")),
                 format=parse_format(body.get("format", wire.get("format"))),
-                stream=field(body, "stream", bool, True), logprobs=parse_logprobs(body), want_usage=True)
-
-
-_BARE = frozenset(("model", "messages", "stream"))
+                stream=body.get("stream", True), logprobs=parse_logprobs(body), want_usage=True)
 
 
 def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
@@ -1216,91 +1181,57 @@ def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
 
     A call without messages and prompt asks to load or unload the model.  Raises BadRequest.
     """
-    if face == "generate":
-        return _parse_ollama_generate(body)
+    body = typed(body, OLLAMA_FIELDS)
     model = require_model(body)
+    if face == "generate":
+        return _parse_generate(body, model)
     if not model:
         raise BadRequest("model is required")
-    messages = tuple([parse_message(message) for message in field(body, "messages", list, [])])
-    if body.keys() <= _BARE:
-        return ChatCall(model, "chat", messages, stream=field(body, "stream", bool, True), want_usage=True)
-    system, prompt = field(body, "system", str, ""), field(body, "prompt", str, "")
-    if not messages and prompt:
-        messages = (Message("user", prompt),)
-    if messages and system and messages[0].role != "system":
-        messages = (Message("system", system),) + messages
-    return ChatCall(model, "chat", messages, tools=parse_tools(field(body, "tools", list, [])),
+    messages = tuple(map(parse_message, body.get("messages", ())))
+    if not messages and body.get("prompt"):
+        messages = (Message("user", body["prompt"]),)
+    if messages and body.get("system") and messages[0].role != "system":
+        messages = (Message("system", body["system"]),) + messages
+    return ChatCall(model, "chat", messages, tools=parse_tools(body.get("tools", ())),
                     tool_choice=parse_tool_choice(body.get("tool_choice")), **_common(body))
 
 
-def _parse_ollama_generate(body: dict) -> ChatCall:
-    model = require_model(body)
+def _parse_generate(body: dict, model: str) -> ChatCall:
     if not model:
         raise BadRequest("model '' not found", 404)
-    prompt, suffix, system, template = (field(body, key, str, "") for key in
-                                        ("prompt", "suffix", "system", "template"))
-    raw = field(body, "raw", bool, False)
-    context = field(body, "context", list, [])
-    images = tuple(image for image in map(parse_image, field(body, "images", list, [])) if image)
+    prompt, suffix, system, template = (body.get(key, "") for key in ("prompt", "suffix", "system", "template"))
+    raw, context = body.get("raw", False), body.get("context", [])
+    images = tuple(filter(None, map(parse_image, body.get("images", ()))))
     if raw and (template or system or context):
         raise BadRequest("raw mode does not support template, system, or context")
-    call = ChatCall(model, "generate", raw=raw, images=images, **_common(body))
+    call = ChatCall(model, "generate", **_common(body))
+    if not (prompt or suffix or images):
+        return call
     if raw or suffix:
-        if not prompt and not suffix:
-            return call
         if images:
             raise BadRequest("images cannot be sent together with raw or suffix")
         return call._replace(prompt=f"{system}\n\n{prompt}" if system else prompt, suffix=suffix)
-    if not prompt and not images:
-        return call
     if template:
-        prompt = render_template(template, {"System": system, "Prompt": prompt, "Suffix": suffix, "Response": ""})
-        system = "" if ".System" in template else system
+        prompt, system = render_template(template, system, prompt), "" if ".System" in template else system
     turns = unpack_context(context) + ([Message("system", system)] if system else []) \
         + [Message("user", prompt, images=images)]
     turns.sort(key=lambda turn: turn.role != "system")      # a system text given late still stands first
     return call._replace(messages=tuple(turns), conversation=tuple(turns))
 
 
-_ACTION = re.compile(r"\{\{([^{}]*)\}\}")
-
-
-def render_template(template: str, values: dict) -> str:
-    """The part of Go's templates that prompt overrides use: {{ .Name }}, if, else, end, and trimming.
+def render_template(template: str, system: str, prompt: str) -> str:
+    """A prompt override: {{ .System }} and {{ .Prompt }} of Go's templates.
 
     Raises BadRequest for any other action, rather than send half a prompt.
     """
-    output: list[str] = []
-    stack = [True]
-    at = 0
-    trim = False
-    for match in _ACTION.finditer(template):
-        text = template[at:match.start()]
-        action = match[1]
-        text = text.lstrip() if trim else text
-        text = text.rstrip() if action[:1] == "-" else text
-        at, trim = match.end(), action[-1:] == "-"
-        action = action.strip("- \t\r\n")
-        if all(stack):
-            output.append(text)
-        name = re.fullmatch(r"(if\s+)?\.(\w+)", action)
-        if name and name[2] in values:
-            if name[1]:
-                if len(stack) > 50:
-                    raise BadRequest("template error: nested too deeply")
-                stack.append(bool(values[name[2]]))
-            elif all(stack):
-                output.append(values[name[2]])
-        elif action == "else" and len(stack) > 1:
-            stack[-1] = not stack[-1]
-        elif action == "end" and len(stack) > 1:
-            stack.pop()
-        elif not action.startswith("/*"):
-            raise BadRequest(f"template error: {{{{ {one_line(action, 60)} }}}} is not supported by this proxy")
-    if len(stack) > 1:
-        raise BadRequest("template error: unexpected EOF")
-    rest = template[at:]
-    return "".join(output) + (rest.lstrip() if trim else rest)
+    values = {".System": system, ".Prompt": prompt, ".Response": ""}
+
+    def fill(match: Any) -> str:
+        if match[1] not in values:
+            raise BadRequest(f"template error: {one_line(match[0], 60)} is not supported by this proxy")
+        return values[match[1]]
+
+    return re.sub(r"(?:\s*\{\{-|\{\{)\s*(.*?)\s*(?:-\}\}\s*|\}\})", fill, template, flags=re.S)
 
 
 # The `context` of generate is a list of numbers that brings a conversation back.  An OpenAI target has
@@ -1334,24 +1265,25 @@ def unpack_context(numbers: list) -> list[Message]:
         raise BadRequest("invalid context") from None
 
 
+def parse_inputs(value: Any) -> tuple:
+    """`input` of an embedding request: one text or a list of them; nothing at all is none."""
+    inputs = () if value in (None, "") else (value,) if isinstance(value, str) else value
+    if not isinstance(inputs, (list, tuple)) or not all(isinstance(item, str) for item in inputs):
+        raise BadRequest("invalid input type")
+    return tuple(inputs)
+
+
 def parse_ollama_embed(body: dict, legacy: bool = False) -> EmbedCall:
     """POST /api/embed or, with `legacy`, /api/embeddings (ollama-api 2.8, 2.9) -> EmbedCall."""
+    body = typed(body, OLLAMA_FIELDS)
     model = require_model(body)
     if not model:
         raise BadRequest("model is required") if legacy else BadRequest("model '' not found", 404)
-    value = body.get("prompt", body.get("input")) if legacy else body.get("input", body.get("prompt"))
-    if value is None or value == "":
-        inputs: tuple = ()
-    elif isinstance(value, str):
-        inputs = (value,)
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-        inputs = tuple(value)
-    else:
-        raise BadRequest("invalid input type")
-    dimensions = field(body, "dimensions", int, 0)
-    return EmbedCall(model, inputs, dimensions if dimensions > 0 else None, legacy,
-                     keep_alive=body.get("keep_alive"), truncate=body.get("truncate"),
-                     options=field(body, "options", dict, {}))
+    first, second = ("prompt", "input") if legacy else ("input", "prompt")
+    dimensions = body.get("dimensions", 0)
+    return EmbedCall(model, parse_inputs(body.get(first, body.get(second))), dimensions if dimensions > 0 else None,
+                     legacy, keep_alive=body.get("keep_alive"), truncate=body.get("truncate"),
+                     options=body.get("options", {}))
 
 
 def render_ollama_options(call: ChatCall) -> dict:
@@ -1369,15 +1301,18 @@ def render_ollama_message(message: Message, names: dict) -> dict:
     if message.images:
         wire["images"] = [image.data for image in message.images]
     if message.tool_calls:
-        wire["tool_calls"] = [
-            {"id": call.id, "function": {"index": at, "name": call.name, "arguments": call.arguments}}
-            for at, call in enumerate(message.tool_calls)]
+        wire["tool_calls"] = ollama_calls(message.tool_calls)
         names.update((call.id, call.name) for call in message.tool_calls)
     if message.role == "tool":
-        name = message.tool_name or names.get(message.tool_call_id, "")
-        wire.update({key: value for key, value in (("tool_name", name), ("tool_call_id", message.tool_call_id))
-                     if value})
+        wire.update(present(tool_name=message.tool_name or names.get(message.tool_call_id) or None,
+                            tool_call_id=message.tool_call_id or None))
     return wire
+
+
+def ollama_calls(calls: Iterable) -> list:
+    """Calls as Ollama writes them: id, index within the turn, object arguments, no type."""
+    return [{"id": call.id, "function": {"index": at, "name": call.name, "arguments": call.arguments}}
+            for at, call in enumerate(calls)]
 
 
 def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0, budget: Optional[list] = None) -> Any:
@@ -1409,49 +1344,57 @@ def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0,
 def render_ollama_chat(call: ChatCall, habits: Habits, context: Optional[int] = None) -> WireRequest:
     """ChatCall -> POST /api/chat, or /api/generate for a plain prompt, of a real Ollama."""
     del habits, context                         # an Ollama behaves like an Ollama
-    body: dict = {"model": call.model}
+    body: dict = {"model": call.model, "stream": call.stream}
     if call.prompt is None:
         names: dict = {}
         body["messages"] = [render_ollama_message(message, names) for message in call.messages]
-        tools = [tool for tool in call.tools if not isinstance(call.tool_choice, tuple)
-                 or tool.name == call.tool_choice[0]]
-        if tools and call.tool_choice != "none":
+        if call.offered and call.tool_choice != "none":
             body["tools"] = [{"type": "function", "function": {
                 "name": tool.name, "description": tool.description,
-                "parameters": resolve_references(tool.parameters)}} for tool in tools]
+                "parameters": resolve_references(tool.parameters)}} for tool in call.offered]
     else:
-        body["prompt"] = call.prompt
-        if call.suffix:
-            body["suffix"] = call.suffix
-    body["stream"] = call.stream
-    options = render_ollama_options(call)
-    for key, value in (("options", options or None), ("format", call.format), ("think", call.think),
-                       ("keep_alive", call.keep_alive), ("logprobs", True if call.logprobs is not None else None),
-                       ("top_logprobs", call.logprobs or None)):
-        if value is not None:
-            body[key] = value
+        body.update(prompt=call.prompt, **present(suffix=call.suffix or None))
+    body.update(present(options=render_ollama_options(call) or None, format=call.format, think=call.think,
+                        keep_alive=call.keep_alive, logprobs=True if call.logprobs is not None else None,
+                        top_logprobs=call.logprobs or None))
     return WireRequest("/api/chat" if call.prompt is None else "/api/generate", body)
 
 
 def render_ollama_embed(call: EmbedCall, habits: Habits) -> WireRequest:
     """EmbedCall -> POST /api/embed."""
     del habits
-    body = {"model": call.model, "input": list(call.inputs), "dimensions": call.dimensions,
-            "keep_alive": call.keep_alive, "truncate": call.truncate, "options": call.options or None}
-    return WireRequest("/api/embed", {key: value for key, value in body.items() if value is not None})
+    return WireRequest("/api/embed", present(
+        model=call.model, input=list(call.inputs), dimensions=call.dimensions, keep_alive=call.keep_alive,
+        truncate=call.truncate, options=call.options or None))
 
 
 def read_ollama_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
     """Answer of /api/embed -> (vectors, Usage).  Raises BadUpstreamPayload when vectors are missing."""
-    vectors = as_list(as_dict(answer).get("embeddings"))
-    check_vectors(vectors, count)
-    return vectors, Usage(prompt_tokens=as_count(answer.get("prompt_eval_count")))
+    answer = as_dict(answer)
+    return (read_vectors(as_list(answer.get("embeddings")), count),
+            Usage(prompt_tokens=as_count(answer.get("prompt_eval_count"))))
 
 
-def check_vectors(vectors: list, count: int) -> None:
-    """Raises BadUpstreamPayload unless there is one vector for each input."""
-    if len(vectors) != count:
-        raise BadUpstreamPayload(f"upstream returned {len(vectors)} embeddings for {count} inputs")
+def read_vectors(values: list, count: int) -> list:
+    """Embeddings of an upstream as lists of numbers.  Raises BadUpstreamPayload unless there is one for each input."""
+    if len(values) != count:
+        raise BadUpstreamPayload(f"upstream returned {len(values)} embeddings for {count} inputs")
+    return list(map(_read_vector, values))
+
+
+def _read_vector(value: Any) -> list:
+    """One embedding: numbers, base64 of little-endian float32, or a vector per token, which is averaged."""
+    try:
+        if isinstance(value, str):
+            data = base64.b64decode(value, validate=True)
+            value = struct.unpack(f"<{len(data) // 4}f", data)
+        elif value and isinstance(value[0], list):      # llama-cpp-python
+            value = [sum(column) / len(value) for column in zip(*value)] if len(value) > 1 else value[0]
+        if not isinstance(value, (list, tuple)) or not value or sum(value) * 0.0 != 0 or bool in map(type, value):
+            raise ValueError("no numbers")
+    except (ValueError, TypeError, KeyError, struct.error):
+        raise BadUpstreamPayload("upstream sent an embedding that is not a list of numbers") from None
+    return list(value)
 
 
 def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: Usage, took: int) -> dict:
@@ -1473,59 +1416,50 @@ class OllamaDecoder:
 
     def __init__(self, call: ChatCall) -> None:
         self._lines = LineDecoder()
-        self._call = call
+        self._logprobs = call.logprobs is not None
         self.done = False
-
-    def decode_body(self, answer: Any) -> list:
-        """A whole answer instead of a stream -> all events."""
-        return decode_ollama_body(answer, self._call)
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content line is just its text (the shortcut of room 7 asks)."""
-        return not self.done and self._call.logprobs is None and self._lines.idle
-
-    @property
-    def between(self) -> bool:
-        return self._lines.idle
+        return not self.done and not self._logprobs and self._lines.idle
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete lines."""
-        events: list = []
-        for line in self._lines.feed(data):
-            self._line(line, events)
-        return events
+        return self._read(self._lines.feed(data))
 
     def close(self) -> list:
         """The body ended: events of a line without newline, and a Failure if `done` never came."""
-        events: list = []
-        for line in self._lines.close():
-            self._line(line, events)
+        events = self._read(self._lines.close())
         if not self.done:
             self.done = True
             events.append(Failure(StreamTruncated("upstream closed the stream before finishing")))
         return events
 
-    def _line(self, line: bytes, events: list) -> None:
-        if self.done or not line.strip():
-            return
-        try:
-            answer = load(line)
-        except (ValueError, RecursionError):
-            self.done = True
-            events.append(Failure(BadUpstreamPayload(f"upstream sent a line that is not JSON: {one_line(line)}")))
-            return
-        decode_ollama_answer(as_dict(answer), events)
-        self.done = bool(events) and isinstance(events[-1], (Finish, Failure))
+    def decode_body(self, answer: Any) -> list:
+        """A whole answer instead of a stream -> all events."""
+        if not isinstance(answer, dict) or not {"message", "response", "error"} & answer.keys():
+            return [Failure(BadUpstreamPayload("upstream sent an answer without a message"))]
+        return decode_ollama_answer({**answer, "done": True})
+
+    def _read(self, lines: list) -> list:
+        events: list = []
+        for line in lines:
+            if line.strip() and not self.done:
+                answer = load_or_none(line)
+                events += decode_ollama_answer(answer) if isinstance(answer, dict) else [Failure(
+                    BadUpstreamPayload(f"upstream sent a line that is not JSON: {one_line(line)}"))]
+                self.done = bool(events) and isinstance(events[-1], (Finish, Failure))
+        return events
 
 
-def decode_ollama_answer(answer: dict, events: list) -> None:
-    """One object of a stream, or a whole answer, appended to `events`."""
+def decode_ollama_answer(answer: dict) -> list:
+    """One object of a stream, or a whole answer -> events."""
     error = answer.get("error")
     if error:
         text = error if isinstance(error, str) else as_text(as_dict(error).get("message")) or json.dumps(error)
-        events.append(Failure(UpstreamError(text)))
-        return
+        return [Failure(UpstreamError(text))]
+    events: list = []
     message = as_dict(answer.get("message"))
     thinking = as_text(message.get("thinking")) or as_text(answer.get("thinking"))
     text = as_text(message.get("content")) or as_text(answer.get("response"))
@@ -1535,25 +1469,14 @@ def decode_ollama_answer(answer: dict, events: list) -> None:
         events.append(TextDelta(text, as_list(answer.get("logprobs")) or None))
     calls = as_list(message.get("tool_calls")) or as_list(answer.get("tool_calls"))
     if calls:
+        functions = [as_dict(as_dict(call).get("function")) for call in calls]
         events.append(ToolCalls(tuple(
-            ToolCall(as_text(as_dict(call).get("id")) or "call_" + call_id(),
-                     as_text(as_dict(as_dict(call).get("function")).get("name")),
-                     parse_arguments(as_dict(as_dict(call).get("function")).get("arguments")) or {})
-            for call in calls)))
+            ToolCall(as_text(as_dict(call).get("id")) or "call_" + call_id(), as_text(function.get("name")),
+                     parse_arguments(function.get("arguments")) or {}) for call, function in zip(calls, functions))))
     if answer.get("done"):
-        events.append(Finish(as_text(answer.get("done_reason")) or "stop", Usage(
-            as_count(answer.get("prompt_eval_count")), as_count(answer.get("eval_count")),
-            as_count(answer.get("prompt_eval_duration")), as_count(answer.get("eval_duration")),
-            as_count(answer.get("load_duration")))))
-
-
-def decode_ollama_body(answer: Any, call: ChatCall, **_: Any) -> list:
-    """A whole answer of /api/chat or /api/generate -> events."""
-    del call
-    events: list = []
-    if not isinstance(answer, dict) or not {"message", "response", "error"} & answer.keys():
-        return [Failure(BadUpstreamPayload("upstream sent an answer without a message"))]
-    decode_ollama_answer({"done": True, **answer, "done": True}, events)
+        counts = [as_count(answer.get(key)) for key in ("prompt_eval_count", "eval_count", "prompt_eval_duration",
+                                                        "eval_duration", "load_duration")]
+        events.append(Finish(as_text(answer.get("done_reason")) or "stop", Usage(*counts)))
     return events
 
 
@@ -1578,13 +1501,13 @@ class OllamaEncoder:
 
     def tick(self) -> None:
         """A new batch of events begins: one timestamp serves them all."""
-        self._stamp = self._clock.stamp().decode()
+        self._stamp = self._clock.stamp()
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, which are JSON string contents already."""
         self._count(len(texts))
         if self._answer is not None:
-            self._answer.append(_decode_json(f'"{b"".join(texts).decode("ascii")}"'))
+            self._answer.append(_read_json(f'"{b"".join(texts).decode("ascii")}"')[0])
         self.tick()
         before, _, after = ndjson_line(self._object("\x01")).rpartition(b"\\u0001")
         return before, after
@@ -1602,7 +1525,7 @@ class OllamaEncoder:
             return ndjson_line(self._object(tool_calls=ollama_calls(event.calls)))
         if self._answer is not None:
             self._answer.append(event.text)
-        return ndjson_line({**self._object(event.text), **({"logprobs": event.logprobs} if event.logprobs else {})})
+        return ndjson_line({**self._object(event.text), **present(logprobs=event.logprobs)})
 
     def error(self, error: ProxyError) -> bytes:
         """The in-band error line; nothing follows it."""
@@ -1615,8 +1538,8 @@ class OllamaEncoder:
             self._answer.append(content)
         self._deltas = max(1, (len(content) + len(thinking)) // 4)
         self.tick()
-        beside = {key: value for key, value in (("thinking", thinking), ("tool_calls", ollama_calls(calls))) if value}
-        return dump({**self._object(content, **beside), **self._last(finish), **({"logprobs": logprobs} if logprobs else {})})
+        beside = present(thinking=thinking or None, tool_calls=ollama_calls(calls) or None)
+        return dump({**self._object(content, **beside), **self._last(finish), **present(logprobs=logprobs or None)})
 
     def _count(self, deltas: int) -> None:
         """Deltas that are part of the estimates."""
@@ -1633,19 +1556,15 @@ class OllamaEncoder:
         """done, done_reason, context and the six metrics, each at least 1 (durations in ns)."""
         usage, now = finish.usage, self._clock.now()
         first = self._first or self._sent
-        context = {} if self._answer is None else {"context": pack_context(self._call.conversation, "".join(self._answer))}
+        context = {} if self._answer is None else {
+            "context": pack_context(self._call.conversation, "".join(self._answer))}
         metrics = {"total_duration": now - self._started, "load_duration": usage.load_ns or self._sent - self._started,
-                   "prompt_eval_count": usage.prompt_tokens or self._call.prompt_bytes() // 4,
+                   "prompt_eval_count": usage.prompt_tokens or self._call.prompt_tokens(),
                    "prompt_eval_duration": usage.prompt_ns or first - self._sent,
-                   "eval_count": usage.completion_tokens or self._deltas, "eval_duration": usage.completion_ns or now - first}
+                   "eval_count": usage.completion_tokens or self._deltas,
+                   "eval_duration": usage.completion_ns or now - first}
         return {"done": True, "done_reason": "length" if finish.reason == "length" else "stop", **context,
                 **{name: max(1, value) for name, value in metrics.items()}}
-
-
-def ollama_calls(calls: Iterable) -> list:
-    """Calls as Ollama writes them: id, index within the turn, object arguments, no type."""
-    return [{"id": call.id, "function": {"index": at, "name": call.name, "arguments": call.arguments}}
-            for at, call in enumerate(calls)]
 
 
 def render_ollama_error(error: ProxyError) -> dict:
@@ -1655,12 +1574,9 @@ def render_ollama_error(error: ProxyError) -> dict:
 
 def load_answer(call: ChatCall, stamp: str) -> dict:
     """The answer to a call without anything to say: load, or unload for keep_alive 0 (ollama-api 2.7)."""
-    answer: dict = {"model": call.model, "created_at": stamp}
-    if call.face == "generate":
-        answer["response"] = ""
-    else:
-        answer["message"] = {"role": "assistant", "content": ""}
-    return {**answer, "done": True, "done_reason": "unload" if keep_alive_seconds(call.keep_alive) == 0 else "load"}
+    said = {"response": ""} if call.face == "generate" else {"message": {"role": "assistant", "content": ""}}
+    return {"model": call.model, "created_at": stamp, **said, "done": True,
+            "done_reason": "unload" if keep_alive_seconds(call.keep_alive) == 0 else "load"}
 
 
 def digest_of(model_id: str) -> str:
@@ -1725,47 +1641,43 @@ def ollama_show(info: ModelInfo, name: str, default_context: int) -> dict:
 
 
 OLLAMA = Dialect("ollama", parse_ollama_chat, parse_ollama_embed, render_ollama_chat, render_ollama_embed,
-                 read_ollama_embeddings, render_ollama_embeddings, OllamaDecoder, decode_ollama_body,
-                 OllamaEncoder, render_ollama_error)
+                 read_ollama_embeddings, render_ollama_embeddings, OllamaDecoder, OllamaEncoder, render_ollama_error)
 
 # ----------------------------------------------------------------------------
 # Room 6.  OpenAI dialect: /v1/*, the mirror room (OpenAI API reference, and what the many servers
 # that call themselves compatible make of it)
 # ----------------------------------------------------------------------------
 
-# Neutral name -> OpenAI's.  The second table holds what OpenAI itself refuses and most local servers
-# take; repeat_penalty goes out under both of its names (llama.cpp knows the first, vLLM the second).
+# Neutral name -> OpenAI's.  What is not OPENAI_STANDARD OpenAI itself refuses and most local servers take;
+# repeat_penalty goes out under both of its names (llama.cpp knows the first, vLLM the second).
 OPENAI_OPTION_KEYS = {
     "temperature": ("temperature",), "top_p": ("top_p",), "seed": ("seed",), "max_tokens": ("max_tokens",),
     "stop": ("stop",), "presence_penalty": ("presence_penalty",), "frequency_penalty": ("frequency_penalty",),
-}
-OPENAI_EXTENSION_KEYS = {
     "top_k": ("top_k",), "min_p": ("min_p",), "typical_p": ("typical_p",), "repeat_last_n": ("repeat_last_n",),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
 }
+OPENAI_STANDARD = tuple(OPENAI_OPTION_KEYS)[:7]
 FINISH_LENGTH = frozenset(("length", "max_tokens", "model_length", "max_output_tokens"))
 FINISH_ERROR = frozenset(("error", "insufficient_system_resource"))
 EFFORTS = {"none": False, "off": False, "disabled": False, "minimal": "low", "low": "low", "medium": "medium",
            "high": "high", "max": "max", "xhigh": "max", "ultra": "max"}
-
-
-def _switch(off: dict, on: dict, level: Callable) -> Callable:
-    return lambda think: off if think is False else on if think is True else level(think)
-
-
-# How targets are told to think or not (upstreams table 1D).
+# How targets are told to think or not (upstreams table 1D): what says no, what says yes, what says how much.
 THINK_SWITCHES = {
-    "effort": _switch({"reasoning_effort": "none"}, {}, lambda level: {"reasoning_effort": level}),
-    "template": _switch({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": False}},
-                        {"chat_template_kwargs": {"enable_thinking": True}},
-                        lambda level: {"reasoning_effort": level}),
-    "reasoning": _switch({"reasoning": {"enabled": False}}, {"reasoning": {"enabled": True}},
-                         lambda level: {"reasoning": {"effort": "high" if level == "max" else level}}),
-    "thinking": _switch({"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled"}},
-                        lambda level: {"thinking": {"type": "enabled"}, "reasoning_effort": level}),
-    "high": _switch({"reasoning_effort": "none"}, {"reasoning_effort": "high"},
-                    lambda level: {"reasoning_effort": "high"}),
+    "effort": ({"reasoning_effort": "none"}, {}, lambda level: {"reasoning_effort": level}),
+    "template": ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": False}},
+                 {"chat_template_kwargs": {"enable_thinking": True}}, lambda level: {"reasoning_effort": level}),
+    "reasoning": ({"reasoning": {"enabled": False}}, {"reasoning": {"enabled": True}},
+                  lambda level: {"reasoning": {"effort": "high" if level == "max" else level}}),
+    "thinking": ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled"}},
+                 lambda level: {"thinking": {"type": "enabled"}, "reasoning_effort": level}),
+    "high": ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, lambda level: {"reasoning_effort": "high"}),
 }
+# Fields of requests and their JSON types; `object` may be anything.
+OPENAI_FIELDS = {
+    **{wire: OPTION_KINDS.get(name, float) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires},
+    "stop": object, "model": str, "messages": list, "prompt": object, "suffix": str, "stream": bool, "n": int,
+    "best_of": int, "max_completion_tokens": int, "options": dict, "stream_options": dict, "tools": list,
+    "top_logprobs": int, "dimensions": int, "encoding_format": str}
 
 
 def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
@@ -1774,55 +1686,45 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
     `options`, `keep_alive` and `think` in the body (extra_body of the SDKs) are honoured.
     Raises BadRequest, above all for what Ollama has no counterpart for.
     """
-    model = field(body, "model", str, "").strip()
+    body = typed(body, OPENAI_FIELDS if face == "completion" else {**OPENAI_FIELDS, "logprobs": bool})
+    model = body.get("model", "").strip()
     if not model:
         raise BadRequest("model is required")
-    if field(body, "n", int, 1) > 1 or field(body, "best_of", int, 1) > 1:
+    if body.get("n", 1) > 1 or body.get("best_of", 1) > 1:
         raise BadRequest("n greater than 1 is not supported: Ollama gives one choice per request")
-    options: dict = {}
-    for table in (OPENAI_OPTION_KEYS, OPENAI_EXTENSION_KEYS):
-        for name, wires in table.items():
-            for wire in wires:
-                if body.get(wire) is not None and name not in options:
-                    options[name] = (parse_stop(body[wire]) if name == "stop"
-                                     else field(body, wire, OPTION_KINDS.get(name, float)))
-    limit = field(body, "max_completion_tokens", int)
-    if limit is not None:
-        options["max_tokens"] = limit
-    if not options.get("stop", True):
-        del options["stop"]
-    call = ChatCall(model, face, options=options, extra=field(body, "options", dict, {}),
-                    stream=field(body, "stream", bool, False), keep_alive=body.get("keep_alive"),
-                    think=parse_effort(body), format=parse_response_format(body.get("response_format")),
-                    want_usage=bool(field(body, "stream_options", dict, {}).get("include_usage")))
+    options = {name: body[wire] for name, wires in OPENAI_OPTION_KEYS.items() for wire in reversed(wires)
+               if wire in body and name != "stop"}
+    options.update(present(stop=parse_stop(body.get("stop")) or None, max_tokens=body.get("max_completion_tokens")))
+    call = ChatCall(model, face, options=options, extra=body.get("options", {}), stream=body.get("stream", False),
+                    keep_alive=body.get("keep_alive"), think=parse_effort(body),
+                    format=parse_response_format(body.get("response_format")),
+                    want_usage=bool(body.get("stream_options", {}).get("include_usage")))
     if face == "completion":
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt, count = body.get("prompt"), body.get("logprobs")
+        if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
         if not isinstance(prompt, str):
             raise BadRequest("prompt must be one string: Ollama takes neither lists nor token ids")
-        count = body.get("logprobs")
-        return call._replace(prompt=prompt, suffix=field(body, "suffix", str, ""),
+        return call._replace(prompt=prompt, suffix=body.get("suffix", ""),
                              logprobs=count if isinstance(count, int) and not isinstance(count, bool) else None)
-    messages = field(body, "messages", list, [])
-    if not messages:
+    if not body.get("messages"):
         raise BadRequest("[] is too short - 'messages'")
-    return call._replace(messages=tie_results(tuple(parse_message(message) for message in messages)),
-                         tools=parse_tools(field(body, "tools", list, [])),
+    return call._replace(messages=tie_results(tuple(map(parse_message, body["messages"]))),
+                         tools=parse_tools(body.get("tools", ())),
                          tool_choice=parse_tool_choice(body.get("tool_choice")), logprobs=parse_logprobs(body))
 
 
 def parse_effort(body: dict) -> Any:
     """think, reasoning.effort, reasoning_effort or chat_template_kwargs -> None, bool or level."""
-    if body.get("think") is not None:
+    if "think" in body:
         return parse_think(body["think"])
     reasoning = as_dict(body.get("reasoning"))
     effort = reasoning.get("effort", body.get("reasoning_effort"))
-    if effort is None or effort == "":
+    if effort in (None, ""):
         enabled = reasoning.get("enabled", as_dict(body.get("chat_template_kwargs")).get("enable_thinking"))
         return enabled if isinstance(enabled, bool) else None
-    word = effort.lower() if isinstance(effort, str) else effort
-    if not isinstance(word, str) or word not in EFFORTS:
+    word = as_text(effort).lower()
+    if word not in EFFORTS:
         raise BadRequest(f"invalid reasoning effort {one_line(json.dumps(effort), 40)}: none, minimal, low, medium, "
                          "high, xhigh or max is expected")
     return EFFORTS[word]
@@ -1831,29 +1733,25 @@ def parse_effort(body: dict) -> Any:
 def parse_response_format(value: Any) -> Any:
     """`response_format` -> None, "json" or a schema."""
     kind = as_dict(value).get("type")
-    if kind == "json_object":
-        return "json"
-    if kind == "json_schema":
-        wrapped = as_dict(value.get("json_schema"))
-        return as_dict(wrapped.get("schema")) or "json"
-    return None
+    schema = as_dict(as_dict(as_dict(value).get("json_schema")).get("schema"))
+    return schema or "json" if kind == "json_schema" else "json" if kind == "json_object" else None
 
 
 def parse_openai_embed(body: dict, legacy: bool = False) -> EmbedCall:
     """POST /v1/embeddings -> EmbedCall.  Token ids cannot be sent to Ollama."""
     del legacy
-    model = field(body, "model", str, "").strip()
+    body = typed(body, OPENAI_FIELDS)
+    model = body.get("model", "").strip()
     if not model:
         raise BadRequest("model is required")
-    value = body.get("input")
-    inputs = (value,) if isinstance(value, str) else value
-    if not isinstance(inputs, (list, tuple)) or not inputs or not all(isinstance(text, str) for text in inputs):
+    inputs = ("",) if body.get("input") == "" else parse_inputs(body.get("input"))
+    if not inputs:
         raise BadRequest("invalid input: a string or a list of strings is expected")
-    encoding = field(body, "encoding_format", str, "float")
+    encoding = body.get("encoding_format", "float")
     if encoding not in ("float", "base64"):
         raise BadRequest("invalid encoding_format: float or base64 is expected")
-    return EmbedCall(model, tuple(inputs), field(body, "dimensions", int) or None, base64=encoding == "base64",
-                     keep_alive=body.get("keep_alive"), options=field(body, "options", dict, {}))
+    return EmbedCall(model, inputs, body.get("dimensions") or None, base64=encoding == "base64",
+                     keep_alive=body.get("keep_alive"), options=body.get("options", {}))
 
 
 def tie_results(messages: tuple) -> tuple:
@@ -1918,38 +1816,29 @@ def _waiting_call(waiting: list, result: Message) -> Optional[tuple]:
 
 
 def render_openai_message(message: Message, habits: Habits) -> list[dict]:
-    """One turn as OpenAI writes it; pictures in a tool result follow as a user turn."""
-    if message.role == "assistant":
-        if not message.tool_calls:
-            turns = [{"role": "assistant", "content": message.content, **_echo(message, habits)}] \
-                if message.content else []
-            if message.images:          # only users may show pictures
-                turns.append({"role": "user", "content": render_parts("", message.images)})
-            return turns
-        calls, whole = [], {}
-        for call in message.tool_calls:
-            extra = call.extra or {}
-            calls.append({"id": nine(call.id) if habits.tool_ids == "nine" else call.id, "type": "function",
-                          "function": {"name": call.name, "arguments": _encode_json(call.arguments)},
-                          **extra.get("call", {})})
-            whole.update((key, value) for key, value in extra.get("message", {}).items()
-                         if key != "reasoning_content" or key in habits.echo)
-        return [{"role": "assistant", "content": message.content or None, "tool_calls": calls,
-                 **_echo(message, habits), **whole}]
+    """One turn as OpenAI writes it; pictures that only users may show follow as a turn of theirs."""
+    shown = [{"role": "user", "content": render_parts("", message.images)}] if message.images else []
+    ident = nine if habits.tool_ids == "nine" else str
     if message.role == "tool":
-        turns = [{"role": "tool", "tool_call_id": nine(message.tool_call_id) if habits.tool_ids == "nine"
-                  else message.tool_call_id, "content": message.content}]
-        if message.images:
-            turns.append({"role": "user", "content": render_parts("", message.images)})
-        return turns
-    if message.images:
-        return [{"role": message.role, "content": render_parts(message.content, message.images)}]
-    return [{"role": message.role, "content": message.content}]
-
-
-def _echo(message: Message, habits: Habits) -> dict:
-    """Reasoning of an earlier turn, for the servers that demand it back."""
-    return {"reasoning_content": message.thinking} if message.thinking and "reasoning_content" in habits.echo else {}
+        return [{"role": "tool", "tool_call_id": ident(message.tool_call_id), "content": message.content}] + shown
+    if message.role != "assistant":
+        content = render_parts(message.content, message.images) if shown else message.content
+        return [{"role": message.role, "content": content}]
+    turn: dict = {"role": "assistant", "content": message.content}
+    if message.thinking and "reasoning_content" in habits.echo:
+        turn["reasoning_content"] = message.thinking    # for the servers that demand it back
+    elif habits.fill_reasoning:
+        turn["reasoning_content"] = message.thinking or " "
+    if message.tool_calls:
+        turn["content"] = message.content or None
+        turn["tool_calls"] = []
+    for call in message.tool_calls:
+        extra = call.extra or {}
+        turn["tool_calls"].append({"id": ident(call.id), "type": "function", **extra.get("call", {}), "function": {
+            "name": call.name, "arguments": dump(call.arguments).decode()}})
+        turn.update((key, value) for key, value in extra.get("message", {}).items()
+                    if key != "reasoning_content" or key in habits.echo)
+    return ([turn] if message.content or message.tool_calls else []) + shown
 
 
 def nine(identifier: str) -> str:
@@ -1973,84 +1862,60 @@ def render_parts(text: str, images: tuple) -> list[dict]:
 def render_openai_messages(messages: tuple, habits: Habits) -> list[dict]:
     """The whole history; with `habits.bridge` an assistant turn keeps results and questions apart."""
     wire: list[dict] = []
-    late: list[dict] = []           # pictures of tool results wait until all results stand together
+    late: list[dict] = []           # pictures beside calls and results wait until all results stand together
     for message in tie_results(messages):
         turns = render_openai_message(message, habits)
-        if message.role == "tool":
-            wire.append(turns[0])
+        if message.role == "tool" or message.tool_calls:
             late += turns[1:]
-            continue
-        wire += late
-        late = []
-        if habits.bridge and wire and wire[-1]["role"] == "tool" and message.role == "user":
+            turns = turns[:1]
+        else:
+            turns, late = late + turns, []
+        if habits.bridge and wire and wire[-1]["role"] == "tool" and turns and turns[0]["role"] == "user":
             wire.append({"role": "assistant", "content": "OK."})
         wire += turns
     return wire + late
 
 
-def render_openai_options(call: ChatCall, habits: Habits) -> dict:
-    """Neutral options under OpenAI's names; extensions only for targets that may know them."""
-    body: dict = {}
-    for table in (OPENAI_OPTION_KEYS,) if habits.strict else (OPENAI_OPTION_KEYS, OPENAI_EXTENSION_KEYS):
-        for name, wires in table.items():
-            if name in call.options:
-                body.update((wire, call.options[name]) for wire in wires)
-    return body
-
-
 def room_for_answer(call: ChatCall, context: Optional[int]) -> int:
     """Tokens an answer may take where the target would cut it short unasked: what the context leaves
     beside the prompt, else a few thousand."""
-    if not context:
-        return DEFAULT_COMPLETION_TOKENS
-    return max(1, context - call.prompt_bytes() // 3 - 16)
+    return max(1, context - call.prompt_tokens() * 4 // 3 - 16) if context else DEFAULT_COMPLETION_TOKENS
 
 
 def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = None) -> WireRequest:
     """ChatCall -> POST /chat/completions, or /completions for a plain prompt.  Only what was asked for
     is sent: strict servers refuse even harmless defaults."""
+    chat = call.prompt is None
     body: dict = {"model": call.model}
-    if call.prompt is None:
+    if chat:
         body["messages"] = render_openai_messages(call.messages, habits)
     else:
-        body["prompt"] = call.prompt
-        if call.suffix:
-            body["suffix"] = call.suffix
+        body.update(prompt=call.prompt, **present(suffix=call.suffix or None))
     body["stream"] = call.stream
     if call.stream:
         body["stream_options"] = {"include_usage": True}
-    body.update(render_openai_options(call, habits))
-    if "max_tokens" not in body and (call.prompt is not None or habits.limit_chat):
+    body.update((wire, call.options[name]) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires
+                if name in call.options and (name in OPENAI_STANDARD or not habits.strict))
+    if "max_tokens" not in body and (habits.limit_chat or not chat):
         body["max_tokens"] = room_for_answer(call, context)
-    if call.prompt is None:
-        _render_chat_fields(call, habits, body)
-    elif call.logprobs is not None:
-        body["logprobs"] = max(1, call.logprobs)
+    if chat and call.offered:
+        body["tools"] = [{"type": "function", "function": present(
+            name=tool.name, description=tool.description or None, parameters=tool.parameters, strict=tool.strict)}
+            for tool in call.offered]
+        body.update(present(tool_choice="required" if isinstance(call.tool_choice, tuple) else call.tool_choice))
+    if chat and call.think is not None:
+        off, on, level = THINK_SWITCHES[habits.think]
+        body.update(off if call.think is False else on if call.think is True else level(call.think))
+    if call.logprobs is not None:
+        body.update(logprobs=True, top_logprobs=max(1, call.logprobs)) if chat \
+            else body.update(logprobs=max(1, call.logprobs))
     if call.format is not None:
         body["response_format"] = {"type": "json_object"} if call.format == "json" else {
             "type": "json_schema", "json_schema": {"name": "response", "schema": call.format}}
     seconds = keep_alive_seconds(call.keep_alive)
     if habits.ttl and seconds and seconds > 0:
         body["ttl"] = max(1, int(seconds))
-    return WireRequest("/chat/completions" if call.prompt is None else "/completions", body)
-
-
-def _render_chat_fields(call: ChatCall, habits: Habits, body: dict) -> None:
-    tools = [tool for tool in call.tools if not isinstance(call.tool_choice, tuple)
-             or tool.name == call.tool_choice[0]]
-    if tools:
-        body["tools"] = [{"type": "function", "function": {
-            key: value for key, value in (("name", tool.name), ("description", tool.description),
-                                          ("parameters", tool.parameters), ("strict", tool.strict))
-            if value or key == "name"}} for tool in tools]
-        choice = "required" if isinstance(call.tool_choice, tuple) else call.tool_choice
-        if choice:
-            body["tool_choice"] = choice
-    if call.think is not None:
-        body.update(THINK_SWITCHES[habits.think](call.think))
-    if call.logprobs is not None:
-        body["logprobs"] = True
-        body["top_logprobs"] = max(1, call.logprobs)
+    return WireRequest("/chat/completions" if chat else "/completions", body)
 
 
 def render_openai_embed(call: EmbedCall, habits: Habits) -> WireRequest:
@@ -2069,39 +1934,11 @@ def read_openai_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
     if isinstance(answer, list):
         answer = {"data": answer}
     items = [item for item in as_list(as_dict(answer).get("data")) if isinstance(item, dict)]
-    check_vectors(items, count)
     if all(isinstance(item.get("index"), int) for item in items):
         items.sort(key=lambda item: item["index"])
-    usage = as_dict(answer.get("usage"))
-    return ([read_vector(item.get("embedding")) for item in items],
+    usage = as_dict(as_dict(answer).get("usage"))
+    return (read_vectors([item.get("embedding") for item in items], count),
             Usage(prompt_tokens=as_count(usage.get("prompt_tokens")) or as_count(usage.get("total_tokens"))))
-
-
-def read_vector(value: Any) -> list:
-    """One embedding: numbers, base64 of little-endian float32, or a vector per token, which is averaged.
-
-    The mark that stands for numbers set aside passes as it is.
-    """
-    if isinstance(value, dict) and "numbers" in value:
-        return value                            # type: ignore[return-value]
-    if isinstance(value, str):
-        try:
-            data = base64.b64decode(value, validate=True)
-            vector = list(struct.unpack(f"<{len(data) // 4}f", data))
-            if not all(number - number == 0 for number in vector):
-                raise ValueError("not finite")
-            return vector
-        except (ValueError, struct.error):
-            raise BadUpstreamPayload("upstream sent an unreadable base64 embedding") from None
-    vector = as_list(value)
-    if vector and all(isinstance(row, list) for row in vector):
-        try:
-            return [sum(column) / len(vector) for column in zip(*vector)] if len(vector) > 1 else vector[0]
-        except TypeError:
-            vector = []
-    if not vector or not all(isinstance(number, (int, float)) for number in vector):
-        raise BadUpstreamPayload("upstream sent an embedding that is not a list of numbers")
-    return vector
 
 
 def render_openai_embeddings(call: EmbedCall, model: str, vectors: list, usage: Usage, took: int) -> dict:
@@ -2121,11 +1958,15 @@ class ToolAssembler:
         self._calls: list[dict] = []
         self._by_index: dict = {}
 
-    def add(self, fragments: Any) -> None:
-        """Takes one `tool_calls` list of a delta or a message."""
-        for fragment in as_list(fragments):
+    def add(self, delta: dict) -> None:
+        """Takes what a delta or a message holds of calls."""
+        for fragment in as_list(delta.get("tool_calls")):
             if isinstance(fragment, dict):
                 self._add(fragment)
+        if isinstance(delta.get("function_call"), dict):
+            self._add({"index": 0, "function": delta["function_call"]})
+        if isinstance(delta.get("extra_content"), dict) and self._calls:
+            self._calls[-1]["extra"]["extra_content"] = delta["extra_content"]      # of the latest call
 
     def _add(self, fragment: dict) -> None:
         function = fragment.get("function")
@@ -2163,11 +2004,6 @@ class ToolAssembler:
         return begins and (call["object"] is not None
                            or (bool(call["text"].strip()) and parse_arguments(call["text"]) is not None))
 
-    def attach(self, extra: dict) -> None:
-        """Extras that came in a delta of their own belong to the latest call."""
-        if self._calls:
-            self._calls[-1]["extra"].update(extra)
-
     def close(self, cut: bool, message_extra: dict) -> tuple:
         """Returns the calls.  With `cut` (the length limit) unfinished ones are left out; otherwise
         raises BadUpstreamPayload for arguments that cannot be read."""
@@ -2181,18 +2017,16 @@ class ToolAssembler:
                     continue
                 raise BadUpstreamPayload(f"the model called {one_line(call['name'], 60)} with arguments that are "
                                          f"not a JSON object: {one_line(call['text'], 200)}")
-            extra = {key: value for key, value in (("call", call["extra"]), ("message", message_extra)) if value}
+            extra = present(call=call["extra"] or None, message=message_extra or None)
             used = call["id"] if call["id"] and all(call["id"] != other.id for other in calls) else call_id()
             calls.append(ToolCall(used, call["name"], arguments, extra or None))
             message_extra = {}
         return tuple(calls)
 
 
-def merge_details(details: list, pieces: Any) -> None:
+def merge_details(details: list, pieces: list) -> None:
     """OpenRouter's reasoning_details arrive in pieces: text of the same entry is joined."""
-    for piece in as_list(pieces):
-        if not isinstance(piece, dict):
-            continue
+    for piece in pieces:
         last = details[-1] if details else None
         if last is not None and piece.get("index") == last.get("index") and piece.get("type") == last.get("type"):
             for key, value in piece.items():
@@ -2204,16 +2038,15 @@ def merge_details(details: list, pieces: Any) -> None:
             details.append(dict(piece))
 
 
-_COUNTED = frozenset(("usage", "timings", "x_groq"))
-_PLAIN_DELTA = frozenset(("role", "content"))
-
-
 class OpenAIDecoder:
     """SSE of /chat/completions or /completions -> events.  feed(bytes), then close().
 
-    Holds the finish reason until usage, [DONE] or the end, because text and counts may still follow it.
-    `opened` says that this model's answers begin inside a think tag.
+    Holds the finish reason until usage, [DONE] or the end, because text and counts may still follow it; and tool
+    calls until then, because they come in fragments.  `whole` says that the answer came in one piece.
     """
+
+    frame_end = b"\n\n"
+    stamp = re.compile(rb"(?!)")        # no two frames differ in their time
 
     def __init__(self, call: ChatCall) -> None:
         self._frames = FrameDecoder()
@@ -2226,82 +2059,56 @@ class OpenAIDecoder:
         self._any = False               # something came that was an answer
         self._alternatives = call.logprobs
         self.done = self.whole = False
-    frame_end = b"\n\n"
-    stamp = re.compile(rb"(?!)")
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
         return self._alternatives is None and not self.done and not self._reason and self._frames.idle
 
-    @property
-    def between(self) -> bool:
-        return self._frames.idle
-
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete frames.  A Failure or Finish is the last one, ever."""
-        return self._run(self._frames.feed, data)
+        return self._run(lambda: self._frames.feed(data))
 
     def close(self) -> list:
         """The body ended.  Without finish reason and [DONE] that is a Failure."""
         events = self._run(self._frames.close)
-        if not self.done and self._frames.stray and not self._any and not self._reason:
-            self._stray(events)
-        if not self.done:
-            if self._reason:
-                self._finish(events)
-            elif self._any:
-                self._fail(events, StreamTruncated("upstream closed the stream before finishing"))
-            else:
-                self._fail(events, StreamTruncated("upstream sent an empty response"))
-        return events
+        if self.done:
+            return events
+        if self._frames.stray and not self._any and not self._reason:
+            data = b"\n".join(self._frames.stray)      # no stream: a printed JSON document, or a page of text
+            answer = load_or_none(data)
+            return events + (self._fail(BadUpstreamPayload(error_text(data, 502))) if answer is None
+                             else self.decode_body(answer))
+        if self._any and not self._reason:
+            return events + self._fail(StreamTruncated("upstream closed the stream before finishing"))
+        return events + self._finish()
 
     def decode_body(self, answer: Any) -> list:
         """A whole answer instead of a stream -> all events."""
-        events: list = []
-        try:
-            self._frame("", answer, events, whole=True)
-            if not self.done and not self._any and not self._reason:
-                raise BadUpstreamPayload("upstream sent an answer without choices")
-        except UpstreamError as error:
-            self._fail(events, error)
-        if not self.done:
-            self._finish(events)
-        return events
-
-    def _run(self, take: Callable, *data: bytes) -> list:
-        events: list = []
+        events = self._run(lambda: [("", answer)], whole=True)
         if self.done:
             return events
+        if not self._any and not self._reason:
+            return self._fail(BadUpstreamPayload("upstream sent an answer without choices"))
+        return events + self._finish()
+
+    def _run(self, frames: Callable, whole: bool = False) -> list:
+        events: list = []
         try:
-            for event, value in take(*data):
-                if self.done:
-                    break
-                if value is None:
-                    self._finish(events)
-                else:
-                    self._frame(event, value, events)
+            for event, value in frames():
+                if not self.done:
+                    events += self._finish() if value is DONE else self._frame(event, value, whole)
             if self._frames.fault is not None and not self.done:
                 raise self._frames.fault
         except UpstreamError as error:
-            self._fail(events, error)
+            events += self._fail(error)
         return events
 
-    def _stray(self, events: list) -> None:
-        """What was no stream: a printed JSON document, or a page of text."""
-        data = b"\n".join(self._frames.stray)
-        try:
-            answer = load(data)
-        except (ValueError, RecursionError):
-            self._fail(events, BadUpstreamPayload(error_text(data, 502)))
-            return
-        events += self.decode_body(answer)
+    def _fail(self, error: UpstreamError) -> list:
+        failed, self.done = self.done, True
+        return [] if failed else [Failure(error)]
 
-    def _fail(self, events: list, error: UpstreamError) -> None:
-        self.done = True
-        events.append(Failure(error))
-
-    def _frame(self, event: str, value: Any, events: list, whole: bool = False) -> None:
+    def _frame(self, event: str, value: Any, whole: bool) -> list:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = value[0]            # Gemini wraps errors in an array
         if not isinstance(value, dict):
@@ -2309,48 +2116,29 @@ class OpenAIDecoder:
         if value.get("error") or event == "error" or (value.get("object") == "error" and "message" in value) \
                 or ("detail" in value and "choices" not in value):
             raise stream_error(value)
-        if not _COUNTED.isdisjoint(value):
-            for source in (value, as_dict(value.get("x_groq"))):
-                self._take_usage(source.get("usage"))
-            if isinstance(value.get("timings"), dict):
-                self._timings = value["timings"]
+        self._take_usage(value.get("usage"))
+        self._take_usage(as_dict(value.get("x_groq")).get("usage"))
+        self._timings = as_dict(value.get("timings")) or self._timings
+        events: list = []
         for choice in as_list(value.get("choices")):
             if isinstance(choice, dict) and choice.get("index") in (0, None):
-                is_whole = whole or ("message" in choice and "delta" not in choice)
-                self.whole = is_whole
-                self._choice(choice, events)
-                if is_whole and value.get("object") != "chat.completion.chunk" and not self._reason:
+                self.whole = whole or ("message" in choice and "delta" not in choice)
+                events += self._choice(choice)
+                if self.whole and value.get("object") != "chat.completion.chunk" and not self._reason:
                     self._reason = "stop"       # a whole answer needs no reason to be one
+        return events
 
     def _take_usage(self, usage: Any) -> None:
-        if isinstance(usage, dict) and any(as_count(number) for number in usage.values()):
+        if isinstance(usage, dict) and any(map(as_count, usage.values())):
             self._usage = usage
 
-    def _choice(self, choice: dict, events: list) -> None:
+    def _choice(self, choice: dict) -> list:
         self._any = True
         delta = as_dict(choice.get("delta")) or as_dict(choice.get("message"))
-        content = delta.get("content")
-        if delta.keys() <= _PLAIN_DELTA and type(content) is str:
-            if content:
-                events.append(TextDelta(content, read_logprobs(choice.get("logprobs"), self._alternatives)))
-        else:
-            self._rich_choice(choice, delta, events)
-        if "usage" in choice:
-            self._take_usage(choice["usage"])
-        reason = as_text(choice.get("finish_reason"))
-        if reason and reason != "null":
-            if reason.lower() in FINISH_ERROR:
-                raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
-            self._reason = reason
-
-    def _rich_choice(self, choice: dict, delta: dict, events: list) -> None:
-        """Everything that may stand beside, or instead of, a string of content."""
         thinking = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
-        details = delta.get("reasoning_details")
+        details = [piece for piece in as_list(delta.get("reasoning_details")) if isinstance(piece, dict)]
         if details:
-            if not thinking:
-                thinking = "".join(as_text(piece.get("text")) or as_text(piece.get("summary"))
-                                   for piece in as_list(details) if isinstance(piece, dict))
+            thinking = thinking or "".join(as_text(piece.get("text")) or as_text(piece.get("summary")) for piece in details)
             merge_details(self._details, details)
         content = delta.get("content")
         if content is None:
@@ -2360,59 +2148,53 @@ class OpenAIDecoder:
                      in ("text", "thinking", "output_text", "reasoning", "refusal")]
             content = "".join(text for text, _, _ in parts)
             thinking = thinking or "".join(inner for _, _, inner in parts)
+        events: list = []
         if thinking:
             self._thinking.append(thinking)
             events.append(ThinkingDelta(thinking))
         text = as_text(content) or as_text(delta.get("refusal"))
         if text:
             events.append(TextDelta(text, read_logprobs(choice.get("logprobs"), self._alternatives)))
-        self._tools.add(delta.get("tool_calls"))
-        if isinstance(delta.get("function_call"), dict):
-            self._tools.add([{"index": 0, "function": delta["function_call"]}])
-        if isinstance(delta.get("extra_content"), dict):
-            self._tools.attach({"extra_content": delta["extra_content"]})
+        self._tools.add(delta)
+        self._take_usage(choice.get("usage"))
+        reason = as_text(choice.get("finish_reason"))
+        if reason.lower() in FINISH_ERROR:
+            raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
+        self._reason = reason if reason not in ("", "null") else self._reason
+        return events
 
-    def _finish(self, events: list) -> None:
+    def _finish(self) -> list:
         reason = "length" if self._reason.lower() in FINISH_LENGTH else "stop"
-        extra: dict = {}
-        if self._details:
-            extra["reasoning_details"] = self._details
-        if self._thinking:
-            extra["reasoning_content"] = "".join(self._thinking)
         try:
-            calls = self._tools.close(reason == "length", extra)
+            calls = self._tools.close(reason == "length", present(
+                reasoning_details=self._details or None, reasoning_content="".join(self._thinking) or None))
         except UpstreamError as error:
-            self._fail(events, error)
-            return
-        if not self._any and not self._reason and not calls:
-            self._fail(events, StreamTruncated("upstream sent an empty response"))
-            return
-        if calls:
-            events.append(ToolCalls(calls))
+            return self._fail(error)
+        if not self._any and not self._reason:
+            return self._fail(StreamTruncated("upstream sent an empty response"))
         self.done = True
-        events.append(Finish(reason, read_usage(self._usage, self._timings)))
+        return ([ToolCalls(calls)] if calls else []) + [Finish(reason, read_usage(self._usage, self._timings))]
 
 
-def decode_openai_body(answer, call):
-    return OpenAIDecoder(call).decode_body(answer)
+_LOGPROB = ("token", "logprob", "bytes")
 
 
 def read_logprobs(value: Any, alternatives: Optional[int]) -> Optional[list]:
     """`logprobs` of a choice as OpenAI's content list, or None when nobody asked."""
     if alternatives is None or not isinstance(value, dict):
         return None
-    if isinstance(value.get("content"), list):
-        items = [{key: item[key] for key in ("token", "logprob", "bytes", "top_logprobs")
-                  if item.get(key) is not None} for item in value["content"] if isinstance(item, dict)]
-    else:                               # the older shape of /completions: parallel lists
-        items = [{"token": token, "logprob": logprob} for token, logprob in
-                 zip(as_list(value.get("tokens")), as_list(value.get("token_logprobs"))) if logprob is not None]
-    for item in items:
-        tops = as_list(item.pop("top_logprobs", None))[:alternatives]
-        if tops:
-            item["top_logprobs"] = [{key: top[key] for key in ("token", "logprob", "bytes")
-                                     if top.get(key) is not None} for top in tops if isinstance(top, dict)]
-    return items or None
+    items = value.get("content")
+    if not isinstance(items, list):     # the older shape of /completions: parallel lists
+        tops = [[{"token": token, "logprob": logprob} for token, logprob in as_dict(top).items()]
+                for top in as_list(value.get("top_logprobs"))]
+        items = [{"token": token, "logprob": logprob, "top_logprobs": top} for token, logprob, top in itertools.zip_longest(
+            as_list(value.get("tokens")), as_list(value.get("token_logprobs")), tops) if logprob is not None]
+    found = []
+    for item in filter(None, map(as_dict, items)):
+        tops = [as_dict(top) for top in as_list(item.get("top_logprobs"))[:alternatives]]
+        found.append(present(**{key: item.get(key) for key in _LOGPROB}, top_logprobs=[
+            present(**{key: top.get(key) for key in _LOGPROB}) for top in tops] or None))
+    return found or None
 
 
 def read_usage(usage: dict, timings: dict) -> Usage:
@@ -2422,10 +2204,9 @@ def read_usage(usage: dict, timings: dict) -> Usage:
     if total and prompt and total > prompt + (completion or 0):
         completion = total - prompt     # reasoning that was counted in the total only
     if timings:
-        prompt = prompt or as_count((timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0))
-        completion = completion or as_count(timings.get("predicted_n"))
-        return Usage(prompt, completion, nanoseconds(timings.get("prompt_ms"), 1e-3),
-                     nanoseconds(timings.get("predicted_ms"), 1e-3))
+        seen = (as_count(timings.get("cache_n")) or 0) + (as_count(timings.get("prompt_n")) or 0)
+        return Usage(prompt or seen or None, completion or as_count(timings.get("predicted_n")),
+                     nanoseconds(timings.get("prompt_ms"), 1e-3), nanoseconds(timings.get("predicted_ms"), 1e-3))
     return Usage(prompt, completion, nanoseconds(usage.get("prompt_time"), 1.0),
                  nanoseconds(usage.get("completion_time"), 1.0))
 
@@ -2435,10 +2216,9 @@ _ERROR_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.I | re.S)
 
 def error_text(data: bytes, status: int) -> str:
     """The sentence in an error of any server: JSON in a dozen shapes, HTML, text, or nothing at all."""
-    try:
-        text = error_sentence(load(data))
-    except (ValueError, RecursionError):
-        text = ""
+    value = load_or_none(data)
+    text = error_sentence(value)
+    if value is None:
         title = _ERROR_TITLE.search(data[:8192])
         if title:
             text = str(title[1].strip(), "utf-8", "replace")
@@ -2450,40 +2230,22 @@ def error_text(data: bytes, status: int) -> str:
 def error_sentence(value: Any) -> str:
     """The text in a decoded error, "" when there is none (upstreams rule 79)."""
     if isinstance(value, list):
-        return error_sentence(value[0]) if value else ""
-    if isinstance(value, str):
-        return value
+        return "; ".join(filter(None, map(_problem, value)))
     if not isinstance(value, dict):
-        return ""
-    error = value.get("error")
-    text = ""
-    if isinstance(error, dict):
-        text = error_sentence({key: item for key, item in error.items() if key != "metadata"})
-        raw = as_dict(error.get("metadata")).get("raw")
-        if isinstance(raw, str) and raw and raw not in text:
-            try:
-                raw = error_sentence(json.loads(raw)) or raw
-            except (ValueError, RecursionError):
-                pass
-            text = f"{text}: {raw}" if text else raw
-    elif isinstance(error, str):
-        text = error
-    if text:
-        return text
-    for key in ("message", "detail", "msg"):
-        item = value.get(key)
-        if isinstance(item, str) and item:
-            return item
-        if isinstance(item, list):
-            parts = []
-            for problem in item:
-                where = ".".join(str(part) for part in as_list(as_dict(problem).get("loc")))
-                what = as_text(as_dict(problem).get("msg")) or as_text(problem)
-                parts.append(f"{where}: {what}" if where else what)
-            return "; ".join(part for part in parts if part)
-        if isinstance(item, dict):
-            return error_sentence(item)
-    return as_text(value.get("error_type"))
+        return as_text(value)
+    text = next(filter(None, (error_sentence(value.get(key)) for key in ("error", "message", "detail", "msg", "error_type"))), "")
+    raw = as_dict(value.get("metadata")).get("raw")     # OpenRouter: what the provider said
+    if isinstance(raw, str) and raw and raw not in text:
+        raw = error_sentence(load_or_none(raw.encode("utf-8", "replace"))) or raw
+        text = f"{text}: {raw}" if text else raw
+    return text
+
+
+def _problem(problem: Any) -> str:
+    """One entry of a list of errors; FastAPI says in `loc` where the trouble is."""
+    where = ".".join(map(str, as_list(as_dict(problem).get("loc"))))
+    what = error_sentence(problem)
+    return f"{where}: {what}" if where else what
 
 
 def stream_error(value: dict) -> UpstreamError:
@@ -2518,7 +2280,7 @@ class OpenAIEncoder:
                       "created": int(clock.wall()), "model": call.model, "system_fingerprint": "fp_ollama"}
         self._spoke = False
         self._calls = 0
-        self._deltas = 0
+        self._deltas = self._offset = 0
         self._around: Optional[tuple] = None
 
     def tick(self) -> None:
@@ -2536,27 +2298,22 @@ class OpenAIEncoder:
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
-        if isinstance(event, TextDelta):
-            self._deltas += 1
-            if not self._chat:
-                return self._frame({"text": event.text})
-            return self._frame({"delta": {"content": event.text}}, event.logprobs)
-        if isinstance(event, ThinkingDelta):
-            self._deltas += 1
-            return self._frame({"delta": dict.fromkeys(self._reasoning, event.text)}) if self._chat else b""
-        if isinstance(event, ToolCalls):
-            frames = []
-            for call in event.calls:
-                frames.append(self._frame({"delta": {"tool_calls": [self._tool_call(call, self._calls)]}}))
-                self._calls += 1
-            return b"".join(frames)
+        if isinstance(event, Failure):
+            return self.error(event.error)
         if isinstance(event, Finish):
-            last = {"delta": {}} if self._chat else {"text": ""}
-            frames = self._frame({**last, "finish_reason": self._reason(event)})
+            frames = self._frame({"delta": {}} if self._chat else {"text": ""}, finish_reason=self._reason(event))
             if self._call.want_usage:
                 frames += sse_frame({**self._base, "choices": [], "usage": self._usage(event.usage)})
             return frames
-        return self.error(event.error)
+        if isinstance(event, ToolCalls):
+            self._calls += len(event.calls)
+            return b"".join(self._frame({"delta": {"tool_calls": [{"index": at, **self._tool_call(call)}]}})
+                            for at, call in enumerate(event.calls, self._calls - len(event.calls)))
+        self._deltas += 1
+        if isinstance(event, ThinkingDelta):
+            return self._frame({"delta": dict.fromkeys(self._reasoning, event.text)}) if self._chat else b""
+        said = {"delta": {"content": event.text}} if self._chat else {"text": event.text}
+        return self._frame(said, **present(logprobs=self._logprobs(event.logprobs)))
 
     def error(self, error: ProxyError) -> bytes:
         """The error frame; no [DONE] follows it."""
@@ -2567,37 +2324,37 @@ class OpenAIEncoder:
         content, thinking, calls, logprobs, finish = gather(events)
         self._calls = len(calls)
         self._deltas = max(1, (len(content) + len(thinking)) // 4)
-        choice: dict = {"index": 0, "finish_reason": self._reason(finish)}
-        if not self._chat:
-            choice["text"] = content
-        else:
-            message: dict = {"role": "assistant", "content": content}
-            if thinking:
-                message.update(dict.fromkeys(self._reasoning, thinking))
-            if calls:
-                message["content"] = content or None
-                message["tool_calls"] = [self._tool_call(call, at, False) for at, call in enumerate(calls)]
-            choice["message"] = message
-        choice["logprobs"] = {"content": logprobs} if logprobs else None
+        said: dict = {"text": content}
+        if self._chat:
+            said = {"message": {"role": "assistant", "content": content or (None if calls else ""),
+                                **(dict.fromkeys(self._reasoning, thinking) if thinking else {}),
+                                **present(tool_calls=list(map(self._tool_call, calls)) or None)}}
+        choice = {"index": 0, **said, "logprobs": self._logprobs(logprobs), "finish_reason": self._reason(finish)}
         return dump({**self._base, "object": "chat.completion" if self._chat else "text_completion",
                      "choices": [choice], "usage": self._usage(finish.usage)})
 
-    def _frame(self, choice: dict, logprobs: Optional[list] = None) -> bytes:
+    def _frame(self, choice: dict, **beside: Any) -> bytes:
         if self._chat and not self._spoke:
             self._spoke = True
             choice["delta"] = {"role": "assistant", "content": "", **choice["delta"]}
-        choice = {"index": 0, **choice}
-        choice.setdefault("finish_reason", None)
-        if logprobs:
-            choice["logprobs"] = {"content": logprobs}
-        return sse_frame({**self._base, "choices": [choice]})
+        return sse_frame({**self._base, "choices": [{"index": 0, **choice, "finish_reason": None, **beside}]})
 
-    def _tool_call(self, call: ToolCall, index: int, streamed: bool = True) -> dict:
+    def _logprobs(self, items: Optional[list]) -> Optional[dict]:
+        """The items of the vocabulary in the shape of the endpoint: parallel lists in /v1/completions."""
+        if not items or self._chat:
+            return {"content": items} if items else None
+        tokens = [as_text(item.get("token")) for item in items]
+        offsets = list(itertools.accumulate(map(len, tokens), initial=self._offset))
+        self._offset = offsets.pop()
+        return {"tokens": tokens, "token_logprobs": [item.get("logprob") for item in items], "text_offset": offsets,
+                "top_logprobs": [{as_text(top.get("token")): top.get("logprob") for top in item.get("top_logprobs", ())}
+                                 for item in items]}
+
+    def _tool_call(self, call: ToolCall) -> dict:
         used = call.id if call.id and call.id not in self._ids else "call_" + call_id()
         self._ids.add(used)
-        wire = {"id": used, "type": "function",
-                "function": {"name": call.name, "arguments": _encode_json(call.arguments)}}
-        return {"index": index, **wire} if streamed else wire
+        return {"id": used, "type": "function",
+                "function": {"name": call.name, "arguments": dump(call.arguments).decode()}}
 
     def _reason(self, finish: Finish) -> str:
         if finish.reason == "length":
@@ -2605,7 +2362,7 @@ class OpenAIEncoder:
         return "tool_calls" if self._calls else "stop"
 
     def _usage(self, usage: Usage) -> dict:
-        prompt = usage.prompt_tokens or max(1, self._call.prompt_bytes() // 4)
+        prompt = usage.prompt_tokens or self._call.prompt_tokens()
         completion = usage.completion_tokens or self._deltas
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -2628,17 +2385,14 @@ def openai_model(info: ModelInfo) -> dict:
 
 
 OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_chat, render_openai_embed,
-                 read_openai_embeddings, render_openai_embeddings, OpenAIDecoder, decode_openai_body,
-                 OpenAIEncoder, render_openai_error)
+                 read_openai_embeddings, render_openai_embeddings, OpenAIDecoder, OpenAIEncoder, render_openai_error)
 
 # ----------------------------------------------------------------------------
-# Room 7.  Translation: a decoder and an encoder joined into one pipe
+# Room 7.  Translation: a decoder and an encoder joined into a generator of lines
 #
-# A pipe takes what the upstream's socket gave (feed_from), or its body bytes (feed), and
-# gives bytes for the client's socket: everything that has arrived is decoded, encoded and
-# handed out in one piece.
+# Pieces of the target's body go in, a list of client lines comes out for each of them.  Between
+# decoder and encoder stand steps: small filters of events, one for each thing that text may hide.
 # ----------------------------------------------------------------------------
-
 
 # What think tags are called; a model opens one of them before its first word, or not at all.
 THINK_TAGS = ("think", "thinking", "thought")
@@ -2830,13 +2584,17 @@ class Told(Exception):
 
 
 class Translation:
-    """The target's body in, lines for the client out; sans-I/O, like its two halves."""
+    """The target's body in, lines for the client out; sans-I/O, like its two halves.
 
-    def __init__(self, decoder: Any, encoder: Any, steps: Iterable = (), witness: Callable = lambda events: None,
+    `observe(events)` sees all events of the answer, `redact(text)` hides keys in errors, `tap(label, bytes)` shows
+    every chunk to --debug.
+    """
+
+    def __init__(self, decoder: Any, encoder: Any, steps: Iterable = (), observe: Callable = lambda events: None,
                  redact: Callable = lambda text: text, tap: Optional[Callable] = None, shortcut: bool = True) -> None:
-        self._decoder, self._encoder, self._steps, self._witness = decoder, encoder, list(steps), witness
+        self.decoder, self.encoder, self._steps, self._observe = decoder, encoder, list(steps), observe
         self._redact, self._tap = redact, tap
-        self._shortcut = Shortcut(decoder, encoder, self) if shortcut and tap is None else None
+        self.shortcut = Shortcut(self) if shortcut and tap is None else None
         self._failure: Optional[ProxyError] = None
         self._ended = False
 
@@ -2848,60 +2606,61 @@ class Translation:
         """
         started = False
         try:
-            for data in pieces:
-                if self._tap:
-                    self._tap("Target chunk", data)
-                lines = self._shortcut.feed(data, self._ordinary) if self._shortcut else self._ordinary(data)[0]
+            for data in itertools.chain(pieces, [None]):
+                lines = self.shortcut.feed(data) if self.shortcut and data is not None else self.read(data)[0]
                 if lines:
                     started = True
                     yield lines
                 if self._ended:
                     break
-            else:
-                lines = self._encode(self._decoder.close())
-                if lines:
-                    started = True
-                    yield lines
             if self._failure is not None:
                 raise self._failure
         except ProxyError as error:
             if not started:
                 raise
             error.message = self._redact(error.message)
-            yield [self._encoder.error(error)]
+            yield [self.encoder.error(error)]
             raise Told(error.message) from None
+
+    def whole(self, data: bytes) -> bytes:
+        """The answer for stream:false, whatever the target sent: one document, or a stream all the same."""
+        answer = load_or_none(data)
+        events = self.decoder.decode_body(answer) if isinstance(answer, (dict, list)) \
+            else self.decoder.feed(data) + self.decoder.close()
+        return self.encoder.fold(self._filtered(events))
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content frame is just its text."""
-        return self._decoder.plain and not self._steps
+        return self.decoder.plain and not self._steps
 
-    def _ordinary(self, data: bytes) -> tuple[list, list]:
-        events = self._decoder.feed(data)
-        return self._encode(events), events
-
-    def _encode(self, events: list) -> list:
-        for step in self._steps:
-            events = step(events)
-        if self._ended:                 # a step has ended the answer: what still comes is nobody's
-            return []
-        if self._steps and all(step.idle for step in self._steps):
-            self._steps = []
-        self._witness(events)
+    def read(self, data: Optional[bytes]) -> tuple[list, list]:
+        """(client lines, the decoder's events) of a piece; None is the end of the body."""
+        if self._tap and data:
+            self._tap("Target chunk", data)
+        decoded = self.decoder.close() if data is None else self.decoder.feed(data)
         lines = []
-        self._encoder.tick()
-        for event in events:
+        self.encoder.tick()
+        for event in self._filtered(decoded) if not self._ended else ():    # what a step ended is over
             if isinstance(event, Failure):
                 self._failure, self._ended = event.error, True
                 break
-            lines.append(self._encoder.encode(event))
+            lines.append(self.encoder.encode(event))
             if isinstance(event, Finish):
                 self._ended = True
-                lines.append(self._encoder.tail)
+                lines.append(self.encoder.tail)
         lines = [line for line in lines if line]
         if self._tap and lines:
             self._tap("Client chunk", b"".join(lines))
-        return lines
+        return lines, decoded
+
+    def _filtered(self, events: list) -> list:
+        for step in self._steps:
+            events = step(events)
+        if self._steps and all(step.idle for step in self._steps):
+            self._steps = []
+        self._observe(events)
+        return events
 
 
 def begun(lines: Iterator) -> Iterable:
@@ -2924,18 +2683,18 @@ class Shortcut:
 
     _LESSONS = 8                        # envelopes learned without use before a stream is left alone
 
-    def __init__(self, decoder: Any, encoder: Any, translation: Any) -> None:
-        self._decoder, self._encoder, self._translation = decoder, encoder, translation
-        self._head = self._tail = b""   # what stands before and after a text
+    def __init__(self, translation: Translation) -> None:
+        self._decoder, self._encoder, self._translation = translation.decoder, translation.encoder, translation
+        self.head = self._tail = b""   # what stands before and after a text
         self._behind_stamp = b""        # if the head ends before a timestamp: what stands between that and the text
         self._lessons = self._LESSONS
 
-    def feed(self, data: bytes, ordinary: Callable) -> list:
-        """Client lines for `data`; `ordinary(data)` is the way around for (lines, events)."""
+    def feed(self, data: bytes) -> list:
+        """Client lines for `data`."""
         lines: list = []
         at, end = 0, self._decoder.frame_end
         while at < len(data):
-            if self._head and self._translation.plain and data.startswith(self._head, at):
+            if self.head and self._translation.plain and data.startswith(self.head, at):
                 begun, (texts, at) = at, self._cut(data, at)
                 if texts:
                     self._lessons = self._LESSONS
@@ -2945,10 +2704,10 @@ class Shortcut:
                     continue
             stop = data.find(end, at) + len(end) if self._lessons else 0
             piece, at = (data[at:stop], stop) if stop >= len(end) else (data[at:], len(data))
-            whole = self._decoder.between and piece.endswith(end)
-            made, events = ordinary(piece)
+            whole = self._translation.plain and piece.endswith(end)
+            made, events = self._translation.read(piece)
             lines += made
-            if self._lessons and whole and len(events) == 1 and type(events[0]) is TextDelta and self._translation.plain:
+            if whole and self._lessons and len(events) == 1 and type(events[0]) is TextDelta and self._translation.plain:
                 self._learn(piece, events[0].text)
         return lines
 
@@ -2957,9 +2716,12 @@ class Shortcut:
         self._lessons -= 1
         for text in (encode_text(said).encode("ascii"), b'"%b"' % said.encode("utf-8", "replace")):
             head, found, tail = frame.rpartition(text)
-            if found and len(frame) < SHORT_FRAME and self._decoder.feed(head + b'"probe"' + tail) == [TextDelta("probe")]:
+            if found and len(frame) < SHORT_FRAME \
+                    and self._decoder.feed(head + b'"probe"' + tail) == [TextDelta("probe")]:
                 stamp = self._decoder.stamp.search(head)
-                self._head, self._behind_stamp = (head[:stamp.start()], head[stamp.end():] + b'"') if stamp else (head + b'"', b"")
+                self.head, self._behind_stamp = head + b'"', b""
+                if stamp:
+                    self.head, self._behind_stamp = head[:stamp.start()], head[stamp.end():] + b'"'
                 self._tail = b'"' + tail
                 return
 
@@ -2967,13 +2729,13 @@ class Shortcut:
         """(texts of the frames from `at` on that fit, as the client gets them; where the first that does not begins)."""
         texts: list = []
         for frame in data[at:].split(self._tail)[:-1]:
-            text = frame[len(self._head):]
+            text = frame[len(self.head):]
             if self._behind_stamp:
                 stamp, _, text = text.partition(self._behind_stamp)
                 if not self._decoder.stamp.fullmatch(stamp):
                     break
             plain = text if _PLAIN_TEXT.fullmatch(text) else rewritten(text)
-            if plain is None or not frame.startswith(self._head):
+            if plain is None or not frame.startswith(self.head):
                 break
             if plain:                   # an empty one is no event
                 texts.append(plain)
@@ -2987,10 +2749,12 @@ _PLAIN_TEXT = re.compile(rb'(?:[ !#-\[\]-~]|\\["\\nrtbf])*')
 
 def rewritten(text: bytes) -> Optional[bytes]:
     """The content of a JSON string as our encoders write it; None when it is none."""
+    quoted = f'"{str(text, "utf-8", "replace")}"'
     try:
-        return encode_text(_decode_json(f'"{str(text, "utf-8", "replace")}"'))[1:-1].encode("ascii")
-    except (ValueError, TypeError):
+        value, end = _read_json(quoted)
+    except ValueError:
         return None
+    return encode_text(value)[1:-1].encode("ascii") if end == len(quoted) else None
 
 # ----------------------------------------------------------------------------
 # Room 8.  Configuration: presets, flags and environment become one frozen value
@@ -3016,7 +2780,6 @@ class Preset(NamedTuple):
     key_header: str = "authorization"
 
 
-_LOCAL = Habits(think="template")
 _CUTS = Habits(think="template", limit_chat=True)
 _NO_PENALTIES = {"seed": None, "presence_penalty": None, "frequency_penalty": None}
 
@@ -3134,7 +2897,6 @@ def parse_target(value: str, api: str = "auto") -> Target:
 class Setting(NamedTuple):
     """One row per setting: flags, environment, default and help all derive from it."""
 
-    field: str
     flags: str
     metavar: str
     default: Any
@@ -3142,8 +2904,13 @@ class Setting(NamedTuple):
     parse: Callable = str
     env: str = ""                   # other variables, read after OLLAMA_PROXY_<FIELD>
     secret: bool = False
-    repeat: bool = False
+    repeat: str = ""                # may be given more than once; what separates the values in a variable
     optional: Any = None            # the value of the flag when it stands alone
+
+    @property
+    def field(self) -> str:
+        """The name in Config."""
+        return self.flags.split()[0][2:].replace("-", "_")
 
     @property
     def variables(self) -> tuple:
@@ -3194,7 +2961,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 def parse_set(text: str) -> tuple[str, dict]:
-    """PATTERN:KEY=VALUE,... -> (glob on model names, options)."""
+    """PATTERN:KEY=VALUE,... -> (glob on model names, options).  Raises ValueError, and BadRequest for a bad value."""
     match = re.fullmatch(r"(.+?):\s*([A-Za-z_]\w*\s*=.*)", text.strip(), re.S)
     if not match:
         raise ValueError("PATTERN:KEY=VALUE,... is expected")
@@ -3205,6 +2972,9 @@ def parse_set(text: str) -> tuple[str, dict]:
             values[key.strip()] = json.loads(value)
         except ValueError:
             values[key.strip()] = value.strip()
+    parse_options(values)
+    parse_think(values.get("think"))
+    parse_format(values.get("format"))
     return match[1].strip(), values
 
 
@@ -3233,68 +3003,66 @@ def comma_list(text: str) -> tuple:
 
 
 SETTINGS = (
-    Setting("target", "--target --lmstudio-url --base-url", "URL|PRESET", DEFAULT_TARGET,
+    Setting("--target --lmstudio-url --base-url", "URL|PRESET", DEFAULT_TARGET,
             "whom we call; a URL without a path gets /v1, or the name of a preset: " + ", ".join(PRESETS)),
-    Setting("target_api", "--target-api", "auto|openai|ollama", "auto",
+    Setting("--target-api", "auto|openai|ollama", "auto",
             "what the target speaks; auto asks it", _one_of("auto", "openai", "ollama")),
-    Setting("listen", "--listen", "[HOST]:PORT", "127.0.0.1:11434",
+    Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
             "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434"),
-    Setting("host", "--host", "HOST", "", "the host part of --listen alone"),
-    Setting("port", "--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
-    Setting("api_key", "--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
-    Setting("client_key", "--client-key", "KEY", "", "key that clients must send (Bearer or x-api-key)", secret=True),
-    Setting("forward_auth", "--forward-auth", "", False, "pass a client's own key on to the target", _switch_value),
-    Setting("fallback", "--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
+    Setting("--host", "HOST", "", "the host part of --listen alone"),
+    Setting("--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
+    Setting("--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
+    Setting("--client-key", "KEY", "", "key that clients must send (Bearer or x-api-key)", secret=True),
+    Setting("--forward-auth", "", False, "pass a client's own key on to the target", _switch_value),
+    Setting("--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
             "value " + DEFAULT_FALLBACK, optional=DEFAULT_FALLBACK),
-    Setting("models_filter", "--models-filter", "FILE", "", "which models exist: one name or glob a line, # comments, "
+    Setting("--models-filter", "FILE", "", "which models exist: one name or glob a line, # comments, "
             "! excludes; models-filter.txt is read when present"),
-    Setting("alias", "--alias", "NAME=ID", (), "another name for a model", parse_alias, repeat=True),
-    Setting("tag", "--tag", "TAG|none", "latest", "tag shown after an id without one"),
-    Setting("strip_vendor", "--strip-vendor", "", None, "show openai/gpt-4o as gpt-4o (default for openrouter)",
+    Setting("--alias", "NAME=ID", (), "another name for a model", parse_alias, repeat=";"),
+    Setting("--tag", "TAG|none", "latest", "tag shown after an id without one"),
+    Setting("--strip-vendor", "", None, "show openai/gpt-4o as gpt-4o (default for openrouter)",
             _switch_value),
-    Setting("keep_vendor", "--keep-vendor", "", None, "show ids with their vendor", _switch_value),
-    Setting("reasoning", "--reasoning", "separate|merge|drop", "separate",
+    Setting("--keep-vendor", "", None, "show ids with their vendor", _switch_value),
+    Setting("--reasoning", "separate|merge|drop", "separate",
             "where thinking goes: its own field, the text between think tags, or nowhere",
             _one_of("separate", "merge", "drop")),
-    Setting("reasoning_field", "--reasoning-field", "both|reasoning_content|reasoning", "both",
+    Setting("--reasoning-field", "both|reasoning_content|reasoning", "both",
             "the field that carries thinking on /v1 in front of an Ollama",
             _one_of("both", "reasoning_content", "reasoning")),
-    Setting("think_models", "--think-models", "LIST", (), "models of an Ollama target that always think, besides "
+    Setting("--think-models", "LIST", (), "models of an Ollama target that always think, besides "
             + " and ".join(BUILT_IN_THINK_MODELS), comma_list, env="THINK_MODELS"),
-    Setting("set", "--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
-            "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=True),
-    Setting("fetch_images", "--fetch-images", "", False,
-            "download http(s) pictures for an Ollama target (public addresses only)", _switch_value),
-    Setting("generate_via", "--generate-via", "chat|completions", "chat", "where /api/generate goes",
+    Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
+            "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
+    Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes",
             _one_of("chat", "completions")),
-    Setting("default_context", "--default-context", "N", DEFAULT_CONTEXT,
+    Setting("--default-context", "N", DEFAULT_CONTEXT,
             "context length shown when the target does not tell", _number(int, 1)),
-    Setting("ollama_version", "--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version"),
-    Setting("timeout", "--timeout", "S", 600.0, "longest silence of the target, in seconds", _number(float, 0.1)),
-    Setting("connect_timeout", "--connect-timeout", "S", 10.0, "longest wait for a connection to the target",
+    Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version"),
+    Setting("--timeout", "S", 600.0, "longest silence of the target, in seconds", _number(float, 0.1)),
+    Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the target",
             _number(float, 0.1)),
-    Setting("client_timeout", "--client-timeout", "S", CLIENT_TIMEOUT,
+    Setting("--client-timeout", "S", CLIENT_TIMEOUT,
             "longest wait for a client: a request head, its next request, its reading", _number(float, 0.1)),
-    Setting("max_body", "--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1)),
-    Setting("max_connections", "--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503",
+    Setting("--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1)),
+    Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503",
             _number(int, 1)),
-    Setting("grace", "--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
-    Setting("origins", "--origins", "LIST", (), "browser origins allowed besides Ollama's own defaults, such as "
+    Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
+    Setting("--origins", "LIST", (), "browser origins allowed besides Ollama's own defaults, such as "
             "'https://chat.example.com,chrome-extension://*'", comma_list, env="OLLAMA_ORIGINS"),
-    Setting("ca_file", "--ca-file", "FILE", "", "certificates of a private CA, besides the system's",
+    Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's",
             env="SSL_CERT_FILE"),
-    Setting("client_cert", "--client-cert", "FILE", "", "certificate and key (one PEM) shown to the target"),
-    Setting("insecure", "--insecure", "", False, "do not check the target's certificate", _switch_value),
-    Setting("header", "--header", "'K: V'", (), "a header for every request to the target", parse_header, repeat=True,
+    Setting("--client-cert", "FILE", "", "certificate and key (one PEM) shown to the target"),
+    Setting("--insecure", "", False, "do not check the target's certificate", _switch_value),
+    Setting("--header", "'K: V'", (), "a header for every request to the target", parse_header, repeat="\n",
             secret=True),
-    Setting("tls_cert", "--tls-cert", "FILE", "", "certificate for TLS towards clients"),
-    Setting("tls_key", "--tls-key", "FILE", "", "its private key, when not in the same file"),
-    Setting("env_file", "--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
-    Setting("workers", "--workers", "N", 1, "processes on one socket (POSIX)", _number(int, 1, 256)),
-    Setting("debug", "--debug", "", False, "print requests, answers and chunks, with keys hidden", _switch_value),
-    Setting("no_log", "--no-log", "", False, "print nothing but errors", _switch_value),
-    Setting("demo", "--demo", "", False, "start a tiny target inside and use it", _switch_value),
-    Setting("check", "--check", "", False, "ask the target everything we need, print the findings, exit",
+    Setting("--tls-cert", "FILE", "", "certificate for TLS towards clients"),
+    Setting("--tls-key", "FILE", "", "its private key, when not in the same file"),
+    Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
+    Setting("--workers", "N", 1, "processes on one socket (POSIX)", _number(int, 1, 256)),
+    Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden", _switch_value),
+    Setting("--no-log", "", False, "print nothing but errors", _switch_value),
+    Setting("--demo", "", False, "start a tiny target inside and use it", _switch_value),
+    Setting("--check", "", False, "ask the target everything we need, print the findings, exit",
             _switch_value),
 )
 
@@ -3357,14 +3125,14 @@ def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
             return row.default, source
         texts = environ[source].strip().strip("'\"")
         if row.repeat:
-            texts = [part for part in texts.split(";") if part.strip()]
+            texts = [part for part in texts.split(row.repeat) if part.strip()]
     try:
         if row.repeat:
             return tuple(row.parse(text) for text in texts), source
         return row.parse(texts), source
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, BadRequest) as error:
         label = row.flags.split()[0] if source == "flag" else source
-        shown = "***" if row.secret else one_line(str(texts), 100)
+        shown = "***" if row.secret else one_line(texts if isinstance(texts, str) else "; ".join(texts), 100)
         raise UsageError(f"{label} {shown}: {error}") from None
 
 
@@ -3439,75 +3207,56 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_env_file(path: Optional[str]) -> dict:
-    """KEY=VALUE lines of an env file; `.env` in the working directory when no path is given."""
+def read_lines(path: Optional[str], present: str, label: str) -> list[str]:
+    """The lines of the text file `path`, or of `present` if there is such a file.  Raises UsageError."""
     try:
-        with open(path or ".env", encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+        with open(path or present, encoding="utf-8-sig") as file:
+            return file.read().splitlines()
     except OSError as error:
         if path:
-            raise UsageError(f"--env-file {path}: {error.strerror}") from None
-        return {}
+            raise UsageError(f"{label} {path}: {error.strerror}") from None
     except ValueError:
-        raise UsageError(f"--env-file {path or '.env'}: not a UTF-8 text") from None
+        raise UsageError(f"{label} {path or present}: not a UTF-8 text") from None
+    return []
+
+
+def read_env_file(path: Optional[str]) -> dict:
+    """KEY=VALUE lines of an env file; `.env` in the working directory when no path is given."""
     found = {}
-    for line in lines:
+    for line in read_lines(path, ".env", "--env-file"):
         match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*", line)
         if match:
             value = match[2]
-            if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-                value = value[1:-1]
-            else:
-                value = re.sub(r"\s+#.*", "", value)
-            found[match[1]] = value
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            found[match[1]] = value[1:-1] if quoted else re.sub(r"\s+#.*", "", value)
     return found
 
 
-def read_filter_file(path: str) -> Optional[tuple]:
-    """The patterns of a models filter; None when there is none.  Raises UsageError."""
-    try:
-        with open(path or "models-filter.txt", encoding="utf-8-sig") as file:
-            lines = [line.partition("#")[0].strip() for line in file.read().splitlines()]
-    except OSError as error:
-        if path:
-            raise UsageError(f"--models-filter {path}: {error.strerror}") from None
-        return None
-    except ValueError:
-        raise UsageError(f"--models-filter {path or 'models-filter.txt'}: not a UTF-8 text") from None
-    return tuple(line for line in lines if line) or None
+def read_filter_file(path: str) -> tuple:
+    """The patterns of a models filter; none when there is no such file.  Raises UsageError."""
+    lines = [line.partition("#")[0].strip() for line in read_lines(path, "models-filter.txt", "--models-filter")]
+    return tuple(filter(None, lines))
 
 # ----------------------------------------------------------------------------
 # Room 9.  Upstream: dial, send, read, pool; and the watch for clients that leave
 #
-# http.client dials and sends (proxies, tunnels, TLS).  Answers are read here, straight from the
-# socket: its HTTPResponse hands out one HTTP chunk a call, takes the end of the stream for the
-# end of the headers, and cannot say whether a body was whole.
+# http.client dials (proxies, tunnels, TLS) and sends.  Answers are read by the same Wire that reads
+# requests: http.client's HTTPResponse hands out one HTTP chunk a call, takes the end of the stream
+# for the end of the headers, and cannot say whether a body was whole.
 # ----------------------------------------------------------------------------
 
 
 def shut(sock: Any) -> None:
     """Both directions, at once, without an exception; below TLS, which would wait for an answer."""
-    try:
+    with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass
-
-
-def close_quietly(sock: Any) -> None:
-    """Whatever it was, it is closed now."""
-    try:
-        sock.close()
-    except OSError:
-        pass
 
 
 def complain(error: BaseException) -> None:
     """A traceback on stderr, for bugs of our own only; a closed stderr is no second bug."""
     import traceback
-    try:
+    with contextlib.suppress(OSError, ValueError):
         traceback.print_exception(type(error), error, error.__traceback__)
-    except (OSError, ValueError):
-        pass
 
 
 RDHUP = getattr(select, "POLLRDHUP", 0)         # Linux: tells a hang-up from bytes that wait
@@ -3580,7 +3329,8 @@ class Scope:
         if client is not None:
             context.watcher.add(self)
 
-    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any, timeout: Optional[float] = None) -> "Reply":
+    def open(self, target: Target, method: str, path: str, headers: Iterable, body: Any,
+             timeout: Optional[float] = None) -> "Reply":
         """Upstream.open, for as long as the request lasts."""
         self.release()
         self._reply = self.context.upstream.open(self, target, method, path, headers, body, timeout)
@@ -3631,15 +3381,163 @@ class Clock:
     wall = staticmethod(time.time)
 
     @staticmethod
-    def stamp() -> bytes:
+    def stamp() -> str:
         """RFC 3339 in UTC with microseconds."""
         second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
-        return b"%b.%06dZ" % (_second_stamp(second), nanosecond // 1000)
+        return f"{timestamp(second)[:-1]}.{nanosecond // 1000:06d}Z"
 
 
-@functools.lru_cache(maxsize=4)
-def _second_stamp(second: int) -> bytes:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode()
+KERNEL_TIME_OUTS = os.name == "posix" and struct.calcsize("l") == 8     # the kernel's struct timeval is two longs
+
+
+class Wire:
+    """The incoming side of a socket, read up to a deadline, cut into heads and bodies: the same for clients and targets.
+
+    A subclass says what to raise when the other side is `late`, breaks the connection (`broken`), ends it too early
+    (`ended`) or sends what is no HTTP (`malformed`).
+    """
+
+    head_end = re.compile(rb"\r\n\r\n")
+    rate = 0                            # bytes a second from which on a body may take longer than `patience`
+    late = broken = ended = malformed = too_large = None        # type: Any
+
+    def __init__(self, sock: Any, patience: float) -> None:
+        self.sock, self.patience = sock, patience
+        self.buffer = b""               # has come, was not asked for yet
+        self.whole = True               # the body was read to its end
+        self._allowed = 0.0
+
+    def allow(self, seconds: float) -> None:
+        """The longest that one recv or send may wait from now on.  A time-out that the kernel holds costs nothing;
+        Python's own, which TLS and Windows need, is a poll() before every call."""
+        if seconds == self._allowed:
+            return
+        self._allowed, seconds = seconds, max(0.001, seconds)
+        if KERNEL_TIME_OUTS and type(self.sock) is socket.socket:
+            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            self.sock.settimeout(None)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        else:
+            self.sock.settimeout(seconds)
+
+    def receive(self, deadline: float = 0.0) -> bytes:
+        """One recv: waits for `patience` seconds, or until the monotonic clock says `deadline`; b"" is the end."""
+        self.allow(deadline - time.monotonic() if deadline else self.patience)
+        try:
+            return self.sock.recv(READ_SIZE)
+        except (socket.timeout, BlockingIOError):
+            raise self.late() from None
+        except (OSError, ValueError) as error:
+            raise self.broken(error) from None
+
+    def head(self) -> Optional[bytes]:
+        """The next message head without its empty line; None when the other side sends no more."""
+        deadline = 0.0                  # for the whole head, from its first byte on
+        while True:
+            end = self.head_end.search(self.buffer)
+            if (end.start() if end else len(self.buffer)) > MAX_HEAD_BYTES:
+                raise self.too_large()
+            if end:
+                head, self.buffer = self.buffer[:end.start()], self.buffer[end.end():]
+                return head
+            if self.buffer:
+                self.look_at(self.buffer)
+                deadline = deadline or time.monotonic() + self.patience
+            data = self.receive(deadline)
+            if not data:
+                return None
+            self.buffer += data
+
+    def look_at(self, beginning: bytes) -> None:
+        """May refuse a head before all of it is there."""
+
+    def body(self, length: Optional[int], chunked: bool) -> Iterator[bytes]:
+        """The pieces of a body as they come, framing off; without a length or chunks it ends with the connection.
+
+        What came before a fault is handed out before the fault is raised.
+        """
+        decoder, left = ChunkedDecoder() if chunked else None, None if chunked else length
+        began, received = time.monotonic(), 0
+        self.whole = left == 0
+        while not self.whole:
+            data, self.buffer = self.buffer or self.receive(self.rate and began + self.patience + received / self.rate), b""
+            received += len(data)
+            if not data:
+                self.whole = decoder is None and left is None
+                if not self.whole:
+                    raise self.ended()
+            elif decoder is not None:
+                try:
+                    data = decoder.feed(data)
+                except ValueError as error:
+                    if decoder.salvaged:
+                        yield decoder.salvaged
+                    raise self.malformed(f"malformed chunked coding: {error}") from None
+                if decoder.done:
+                    self.whole, self.buffer = True, decoder.rest
+            elif left is not None:
+                data, self.buffer = data[:left], data[left:]
+                left -= len(data)
+                self.whole = left == 0
+            if data:
+                yield data
+
+
+class TargetWire(Wire):
+    """What a target sends, on a connection of http.client's."""
+
+    head_end = re.compile(rb"\r?\n\r?\n")
+
+    def __init__(self, connection: Any, url: str) -> None:
+        super().__init__(connection.sock, 0.0)
+        self.connection, self._url, self._scope = connection, url, None
+
+    def begin(self, scope: Scope, patience: float) -> None:
+        """A request of `scope` has this connection from now on.  Raises ClientGone."""
+        self._scope, self.patience = scope, patience
+        scope.hold(self.sock)
+        self.allow(patience)
+
+    def late(self) -> ProxyError:
+        return UpstreamTimeout(f"upstream was silent for {self.patience:g} s")
+
+    def broken(self, error: Exception) -> ProxyError:
+        self._scope.check()             # cut off by the watcher: the client's doing, not the target's
+        return StreamTruncated(f"upstream broke the connection: {reason_of(error)}")
+
+    def ended(self) -> ProxyError:
+        self._scope.check()
+        return StreamTruncated("upstream closed the connection in the middle of its answer")
+
+    def malformed(self, text: str) -> ProxyError:
+        return BadUpstreamPayload(f"upstream sent a {text}")
+
+    def too_large(self) -> ProxyError:
+        return BadUpstreamPayload(f"{self._url} sent headers of more than {MAX_HEAD_BYTES} bytes")
+
+    def answer_head(self, broken: Optional[OSError]) -> tuple:
+        """The parsed head of the final answer.  `broken` is what broke the sending of the request: a server may answer
+        and close before it has read all.  Raises _NoAnswer when not a byte of one came."""
+        try:
+            while True:
+                head = self.head()
+                if head is None:
+                    break
+                parsed = parse_answer_head(head)
+                if parsed[1] >= 200:
+                    return parsed       # 100 and 103 announce the answer; they are not the answer
+        except StreamTruncated as error:
+            broken = broken or OSError(error.message)
+        if self.buffer:
+            raise BadUpstreamPayload(f"{self._url} closed the connection in the middle of its answer")
+        why = f" ({reason_of(broken)})" if broken else ""
+        raise _NoAnswer(f"{self._url} closed the connection without an answer{why}")
+
+    def close(self) -> None:
+        """Ends the connection, at once."""
+        shut(self.sock)
+        self.connection.close()
 
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
@@ -3673,28 +3571,21 @@ class Reply:
     A connection goes back to the pool only when its body was read to the end.
     """
 
-    def __init__(self, upstream: "Upstream", scope: Scope, key: tuple, connection: Any, head: tuple, rest: bytes, patience: float,
-                 bodiless: bool) -> None:
+    def __init__(self, upstream: "Upstream", key: tuple, wire: TargetWire, head: tuple, method: str) -> None:
         minor, self.status, self.headers = head
-        self._upstream, self._scope, self._key, self._connection = upstream, scope, key, connection
-        self._rest, self._patience = rest, patience
-        options = self.headers.get("connection", "").lower()
-        self._keep = "close" not in options and (minor == 1 or "keep-alive" in options)
-        self._chunks: Optional[ChunkedDecoder] = None
-        self._left: Optional[int] = None
-        length = self.headers.get("content-length")
-        if bodiless or self.status in (204, 304):
-            self._left = 0
-        elif "chunked" in self.headers.get("transfer-encoding", "").lower():
-            self._chunks = ChunkedDecoder()
-        elif length is not None:
-            if not re.fullmatch("[0-9]{1,18}", length):
-                raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
-            self._left = int(length)
-        else:
-            self._keep = False
-        self._inflate = inflater(self.headers.get("content-encoding", "").strip().lower()) if self._left != 0 else None
-        self.done = self._left == 0
+        self._upstream, self._key, self._wire = upstream, key, wire
+        options, length = self.headers.get("connection", "").lower(), self.headers.get("content-length")
+        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
+        self.length = int(length) if length is not None else None       # as announced, also for HEAD
+        bodiless = method == "HEAD" or self.status in (204, 304)
+        # Length and chunks at once are what smuggling looks like: read as chunked, the connection is not used again.
+        self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
+            and (bodiless or chunked is (length is None))
+        self._inflate = None if bodiless else inflater(self.headers.get("content-encoding", "").strip().lower())
+        self._body = wire.body(0 if bodiless else self.length, chunked and not bodiless)
+        wire.whole = False
 
     @property
     def content_type(self) -> str:
@@ -3705,42 +3596,13 @@ class Reply:
 
         Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, each after what came before it; or ClientGone.
         """
-        while not self.done:
-            data, self._rest = self._rest or self._receive(), b""
-            fault: Optional[UpstreamError] = None
-            if not data:
-                if self._chunks is not None or self._left is not None:
-                    raise StreamTruncated("upstream closed the connection in the middle of its answer")
-                self.done = True
-            elif self._chunks is not None:
-                try:
-                    data = self._chunks.feed(data)
-                except ValueError as error:
-                    fault, data = BadUpstreamPayload(f"upstream broke its chunked coding: {error}"), self._chunks.salvaged
-                self.done, self._rest = self._chunks.done, self._chunks.rest if self._chunks.done else b""
-            elif self._left is not None:
-                data, self._rest = data[:self._left], data[self._left:]
-                self._left -= len(data)
-                self.done = self._left == 0
-            data = self._inflate(data) if self._inflate else data
+        if self._inflate is None:
+            yield from self._body
+            return
+        for data in itertools.chain(self._body, [None]):
+            data = self._inflate(data)
             if data:
                 yield data
-            if fault is not None:
-                raise fault
-
-    def _receive(self) -> bytes:
-        sock = self._connection.sock
-        try:
-            sock.settimeout(self._patience)
-            data = sock.recv(READ_SIZE)
-        except socket.timeout:
-            raise UpstreamTimeout(f"upstream was silent for {self._patience:g} s") from None
-        except OSError as error:
-            self._scope.check()
-            raise StreamTruncated(f"upstream broke the connection: {reason_of(error)}") from None
-        if not data:
-            self._scope.check()         # cut off by the watcher: the client's doing, not the target's
-        return data
 
     def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
         """The whole body.  Larger than `limit` it is cut there, or BadUpstreamPayload is raised.  Else as pieces()."""
@@ -3752,28 +3614,21 @@ class Reply:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
             if size > limit:
                 break
-        return b"".join(found)[:limit] if cut else b"".join(found)
-
-    def finish(self, seconds: float = 0.5) -> None:
-        """Waits a moment for the end of a body that nobody needs more of, so that its connection lives on."""
-        self._patience, until = seconds, time.monotonic() + seconds
-        try:
-            for _ in self.pieces():
-                if time.monotonic() > until:
-                    break
-        except ProxyError:
-            pass
+        return b"".join(found)[:limit]
 
     def close(self) -> None:
-        """Gives the connection back, or ends it."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        if self._keep and self.done and not self._rest:
-            self._upstream.give_back(self._key, connection)
+        """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for a moment,
+        so that its connection lives on."""
+        wire, wire.patience, until = self._wire, 0.5, time.monotonic() + 0.5
+        if self._keep and not wire.whole:
+            with contextlib.suppress(ProxyError):
+                for _ in self._body:
+                    if time.monotonic() > until:
+                        break
+        if self._keep and wire.whole and not wire.buffer:
+            self._upstream.give_back(self._key, wire)
         else:
-            shut(connection.sock)
-            connection.close()
+            wire.close()
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -3785,128 +3640,89 @@ class Upstream:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._pool: dict = {}           # (place, proxy) -> [(connection, idle since)], the one used last at the end
-        self._context: Any = None
-        self._routes: dict = {}         # Target.place -> proxy or None
+        self._pool: dict = {}           # (place, proxy) -> [(wire, idle since)], the one used last at the end
+        self._tls = functools.lru_cache(maxsize=None)(lambda: client_tls(config))      # made when it is needed first
+        self._proxy_for = functools.lru_cache(maxsize=None)(proxy_for)
 
     def open(self, scope: Scope, target: Target, method: str, path: str, headers: Iterable, body: Any,
-             timeout: Optional[float] = None, hops: int = 3) -> Reply:
+             timeout: Optional[float] = None) -> Reply:
         """Sends one request; returns when the head of the answer is there.
 
         `path` is complete; `body` is bytes, or an iterable of pieces that are sent chunked as they come.  A pooled
-        connection that turns out dead before a byte of an answer is replaced once.  Redirects are followed on the
-        same scheme, host and port only, `hops` of them.
+        connection that turns out dead before a byte of an answer is replaced once.  Redirects are not followed.
         Raises UpstreamUnreachable, UpstreamTimeout, BadUpstreamPayload or ClientGone.
         """
-        via = self._proxy_for(target)
-        key, patience, headers = (target.place, via[:2] if via else None), timeout or self._config.timeout, list(headers)
-        for attempt in range(2):
-            # A body that streams can be sent once: not on a connection that may be dead.
-            connection = self._take(key) if attempt == 0 and isinstance(body, bytes) else None
-            reused = connection is not None
-            connection = connection or self._dial(target, via, min(self._config.connect_timeout, timeout or 1e9))
-            begun = time.monotonic()
+        via, patience = self._proxy_for(target.scheme, target.host, target.port), timeout or self._config.timeout
+        key = (target.place, via)
+        # A body that streams can be sent once: not on a connection that may be dead.
+        reused = self._take(key) if isinstance(body, bytes) else None
+        wire = reused or self._dial(target, via, min(self._config.connect_timeout, patience))
+        while True:
+            began = time.monotonic()
             try:
-                scope.hold(connection.sock)
-                broken = self._send(connection, target, via, method, path, headers, body)
-                head, rest = self._read_head(connection.sock, patience, target, broken)
-                reply = Reply(self, scope, key, connection, head, rest, patience, method == "HEAD")
+                wire.begin(scope, patience)
+                broken = self._send(wire, target, via, method, path, headers, body)
+                reply = Reply(self, key, wire, wire.answer_head(broken), method)
                 break
             except BaseException as error:
-                shut(connection.sock)
-                connection.close()
+                wire.close()
                 scope.check()
                 # Dead before it could have been read: an idle connection that the target had given up.
-                if not isinstance(error, _NoAnswer) or not reused or time.monotonic() - begun > 2.0:
+                if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
-        if reply.status not in _REDIRECTS:
-            return reply
-        reply.close()
-        if not hops or not isinstance(body, bytes):
-            raise UpstreamError(f"{target.url} redirects in circles" if not hops else f"{target.url} redirects an upload")
-        path = self._redirected(target, path, reply.headers.get("location", ""))
-        return self.open(scope, target, method, path, headers, body, timeout, hops - 1)
-
-    @staticmethod
-    def _redirected(target: Target, path: str, location: str) -> str:
-        try:
-            where = urllib.parse.urlsplit(urllib.parse.urljoin(f"{target.scheme}://{target.authority}{path}", location))
-            port = where.port or {"http": 80, "https": 443}.get(where.scheme)
-        except ValueError:
-            raise BadUpstreamPayload(f"{target.url} redirects to no address: {one_line(location, 100)}") from None
-        if not location or (where.scheme, where.hostname, port) != (target.scheme, target.host.lower(), target.port):
-            raise UpstreamError(f"{target.url} redirects to {one_line(location.partition('?')[0], 200) or 'nowhere'}: "
+            wire = self._dial(target, via, min(self._config.connect_timeout, patience))
+        if reply.status in _REDIRECTS:
+            reply.close()
+            where = reply.headers.get("location", "").partition("?")[0]
+            where = f"{target.scheme}://{target.authority}{where}" if where[:1] == "/" else where or "nowhere"
+            raise UpstreamError(f"{target.url} redirects to {one_line(where, 200)}: "
                                 "give that address as --target if it is the right one")
-        return where.path + (f"?{where.query}" if where.query else "")
+        return reply
 
-    def _send(self, connection: Any, target: Target, via: Optional[tuple], method: str, path: str, headers: list,
+    def _send(self, wire: TargetWire, target: Target, via: Optional[Proxy], method: str, path: str, headers: Iterable,
               body: Any) -> Optional[OSError]:
-        """Sends a request.  What breaks the sending is returned: a server may answer and close before it has read all."""
-        connection.sock.settimeout(self._config.timeout)
-        sender = http.client.HTTPConnection(target.host)        # keeps no state of an earlier request on this socket
-        sender.sock = connection.sock
+        """Sends a request; returns what broke the sending."""
         plain_proxy = via is not None and target.scheme == "http"
+        lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1", f"Host: {target.authority}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        if plain_proxy and via.login:
+            lines.append(f"Proxy-Authorization: {via.login}")
+        if not isinstance(body, bytes):
+            lines.append("Transfer-Encoding: chunked")
+        elif body or method in ("POST", "PUT", "PATCH"):
+            lines.append(f"Content-Length: {len(body)}")
+        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
         try:
-            sender.putrequest(method, (f"http://{target.authority}" if plain_proxy else "") + path, True, True)
-            for name, value in [("Host", target.authority)] + headers:
-                sender.putheader(name, value.encode("latin-1", "replace"))
-            if plain_proxy and via[2]:
-                sender.putheader("Proxy-Authorization", via[2])
+            wire.connection.send(head + body if isinstance(body, bytes) else head)
             if not isinstance(body, bytes):
-                sender.putheader("Transfer-Encoding", "chunked")
-            elif body or method in ("POST", "PUT", "PATCH"):
-                sender.putheader("Content-Length", str(len(body)))
-            sender.endheaders(body or None, encode_chunked=not isinstance(body, bytes))
-        except socket.timeout:
-            raise UpstreamTimeout(f"{target.url} did not take the request for {self._config.timeout:g} s") from None
+                for piece in body:
+                    wire.connection.send(http_chunk(piece))
+                wire.connection.send(LAST_CHUNK)
+        except (socket.timeout, BlockingIOError):
+            raise UpstreamTimeout(f"{target.url} did not take the request for {wire.patience:g} s") from None
         except OSError as error:
             return error
         return None
 
-    def _read_head(self, sock: Any, patience: float, target: Target, broken: Optional[OSError]) -> tuple[tuple, bytes]:
-        """(parsed head of the final answer, bytes after it), within `patience` seconds altogether."""
-        deadline, data = time.monotonic() + patience, b""
-        while True:
-            end = re.search(rb"\r?\n\r?\n", data)
-            if end:
-                head, data = parse_answer_head(data[:end.start()]), data[end.end():]
-                if head[1] >= 200:
-                    return head, data   # 100 and 103 announce the answer; they are not the answer
-                continue
-            if len(data) > MAX_HEAD_BYTES:
-                raise BadUpstreamPayload(f"{target.url} sent headers of more than {MAX_HEAD_BYTES} bytes")
-            try:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                piece = sock.recv(READ_SIZE)
-            except socket.timeout:
-                raise UpstreamTimeout(f"upstream was silent for {patience:g} s") from None
-            except OSError:
-                piece = b""
-            if not piece and data:
-                raise BadUpstreamPayload(f"{target.url} closed the connection in the middle of its answer")
-            if not piece:
-                raise _NoAnswer(f"{target.url} closed the connection without an answer" + (f" ({reason_of(broken)})" if broken else ""))
-            data += piece
-
     # -- connections
 
-    def _take(self, key: tuple) -> Any:
+    def _take(self, key: tuple) -> Optional[TargetWire]:
         """The idle connection used last, unless the target has closed or spoiled it meanwhile."""
         while True:
             with self._lock:
                 idle = self._pool.get(key)
-                connection, since = idle.pop() if idle else (None, 0.0)
+                wire, since = idle.pop() if idle else (None, 0.0)
             # Bytes that nobody asked for are an answer to nobody: they must not reach the next client.
-            if connection is None or (time.monotonic() - since < POOL_IDLE and not is_ready(connection.sock)):
-                return connection
-            connection.close()
+            if wire is None or (time.monotonic() - since < POOL_IDLE and not is_ready(wire.sock)):
+                return wire
+            wire.close()
 
-    def give_back(self, key: tuple, connection: Any) -> None:
+    def give_back(self, key: tuple, wire: TargetWire) -> None:
         """A connection whose answer was read to the end."""
         now, surplus = time.monotonic(), None
         with self._lock:
             idle = self._pool.setdefault(key, [])
-            idle.append((connection, now))
+            idle.append((wire, now))
             if len(idle) > POOL_SIZE or now - idle[0][1] > POOL_IDLE:
                 surplus = idle.pop(0)[0]
         if surplus is not None:
@@ -3916,17 +3732,17 @@ class Upstream:
         """Ends all idle connections."""
         with self._lock:
             idle, self._pool = self._pool, {}
-        for connection, _ in itertools.chain.from_iterable(idle.values()):
-            connection.close()
+        for wire, _ in itertools.chain.from_iterable(idle.values()):
+            wire.close()
 
-    def _dial(self, target: Target, via: Optional[tuple], timeout: float) -> Any:
+    def _dial(self, target: Target, via: Optional[Proxy], timeout: float) -> TargetWire:
         """A new connection, through a proxy or TLS where they are needed."""
         host, port = via[:2] if via else (target.host, target.port)
         try:
             if target.scheme == "https":
                 connection: Any = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls())
                 if via:
-                    connection.set_tunnel(target.host, target.port, {"Proxy-Authorization": via[2]} if via[2] else {})
+                    connection.set_tunnel(target.host, target.port, {"Proxy-Authorization": via.login} if via.login else {})
             else:
                 connection = http.client.HTTPConnection(host, port, timeout=timeout)
             connection.connect()
@@ -3934,51 +3750,51 @@ class Upstream:
             through = f" through the proxy {host}:{port}" if via else ""
             kind = UpstreamTimeout if isinstance(error, socket.timeout) else UpstreamUnreachable
             raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
-        return connection
+        return TargetWire(connection, target.url)
 
-    def _tls(self) -> Any:
-        """The TLS settings, made when the first https target is dialled."""
-        with self._lock:
-            if self._context is None:
-                import ssl                          # costs memory that plain targets need not pay
-                config = self._config
-                try:
-                    context = ssl.create_default_context()
-                    if config.ca_file:
-                        context.load_verify_locations(config.ca_file)
-                    if config.client_cert:
-                        context.load_cert_chain(config.client_cert)
-                except (OSError, ValueError) as error:
-                    raise UpstreamUnreachable(f"TLS settings cannot be used: {reason_of(error)}") from None
-                if config.insecure:
-                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                self._context = context
-            return self._context
 
-    def _proxy_for(self, target: Target) -> Optional[tuple]:
-        """(host, port, Proxy-Authorization value) of the proxy on the way, or None.  Loopback has none.
+def client_tls(config: Config) -> Any:
+    """How https targets are spoken to.  Raises UpstreamUnreachable."""
+    import ssl                          # costs memory that plain targets need not pay
+    try:
+        context = ssl.create_default_context()
+        if config.ca_file:
+            context.load_verify_locations(config.ca_file)
+        if config.client_cert:
+            context.load_cert_chain(config.client_cert)
+    except (OSError, ValueError) as error:
+        raise UpstreamUnreachable(f"TLS settings cannot be used: {reason_of(error)}") from None
+    if config.insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
-        It may look up names, so it blocks.
-        """
-        route = None
-        if not is_loopback(target.host):
-            import urllib.request                   # reads the system's settings on macOS and Windows
-            address = urllib.request.getproxies().get(target.scheme)
-            if address and not urllib.request.proxy_bypass(f"{target.host}:{target.port}") \
-                    and not urllib.request.proxy_bypass(target.host):
-                try:
-                    parts = urllib.parse.urlsplit(address if "://" in address else "http://" + address)
-                    port = parts.port or 8080
-                except ValueError as error:
-                    raise UpstreamUnreachable(f"{target.scheme.upper()}_PROXY is no address: {error}") from None
-                login = ""
-                if parts.username is not None:
-                    pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-                    login = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
-                if parts.hostname:
-                    route = (parts.hostname, port, login)
-        self._routes[target.place] = route
-        return route
+
+class Proxy(NamedTuple):
+    """A forward proxy on the way to the target; `login` is the value of Proxy-Authorization."""
+
+    host: str
+    port: int
+    login: str = ""
+
+
+def proxy_for(scheme: str, host: str, port: int) -> Optional[Proxy]:
+    """What HTTP(S)_PROXY, NO_PROXY or the system's settings say.  Loopback has none."""
+    if is_loopback(host):
+        return None
+    import urllib.request               # reads the system's settings on macOS and Windows
+    address = urllib.request.getproxies().get(scheme)
+    if not address or urllib.request.proxy_bypass(f"{host}:{port}") or urllib.request.proxy_bypass(host):
+        return None
+    try:
+        parts = urllib.parse.urlsplit(address if "://" in address else "http://" + address)
+        number = parts.port or 8080
+    except ValueError as error:
+        raise UpstreamUnreachable(f"{scheme.upper()}_PROXY is no address: {error}") from None
+    login = ""
+    if parts.username is not None:
+        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        login = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
+    return Proxy(parts.hostname, number, login) if parts.hostname else None
 
 
 class _NoAnswer(UpstreamUnreachable):
@@ -4007,10 +3823,10 @@ _VISION_NAME = re.compile(r"vision|[-_.]vl([-_.\d]|$)|llava|pixtral|gpt-4o|gpt-4
 
 
 def human_count(count: Optional[int]) -> str:
-    """8190735360 -> "8.2B", as Ollama writes parameter sizes."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count and count >= limit:
-            return f"{count / limit:.1f}{unit}"
+    """8190735360 -> "8.2B", 494032768 -> "494.03M", as Ollama writes parameter sizes."""
+    for unit, letter, digits in ((1e9, "B", 1), (1e6, "M", 2), (1e3, "K", 0)):
+        if count and count >= unit:
+            return f"{count / unit:.{0 if count % unit == 0 else digits}f}{letter}"
     return str(count) if count else ""
 
 
@@ -4063,7 +3879,7 @@ def read_model(entry: dict) -> Optional[ModelInfo]:
     local, arguments = owner == "llamacpp" and bool(as_dict(entry.get("meta"))), [str(word) for word in as_list(status.get("args"))]
     for flag, value in zip(arguments, arguments[1:]):
         if flag in ("--ctx-size", "-c"):
-            told.setdefault("context_now", parse_int(value))
+            told.setdefault("context_now", int(value) if value.isdigit() else None)
     for instance in as_list(loaded):
         told.setdefault("context_now", as_count(as_dict(as_dict(instance).get("config")).get("context_length")))
     if isinstance(loaded, list):
@@ -4107,11 +3923,6 @@ def read_traits(entry: dict, sources: list, owner: Optional[str]) -> dict:
     return {trait: value for trait, value in traits.items() if value is not None}
 
 
-def parse_int(text: str) -> Optional[int]:
-    """A decimal number or None."""
-    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
-
-
 def read_models(payload: Any) -> Optional[list[ModelInfo]]:
     """A model list of any shape -> ModelInfo, doubles merged; None when it is no list at all."""
     entries = payload
@@ -4125,7 +3936,8 @@ def read_models(payload: Any) -> Optional[list[ModelInfo]]:
         return None
     found: dict = {}
     for entry in entries:
-        info = read_model(entry) if isinstance(entry, dict) else ModelInfo(entry) if isinstance(entry, str) else None
+        info = read_model(entry) if isinstance(entry, dict) else \
+            ModelInfo(entry, raw={"id": entry}) if isinstance(entry, str) else None
         if info is not None:
             found[info.id] = merge_info(found[info.id], info) if info.id in found else info
     return list(found.values())
@@ -4138,47 +3950,19 @@ def merge_info(old: ModelInfo, new: ModelInfo) -> ModelInfo:
     return old._replace(**known, traits={**old.traits, **new.traits}, raw=old.raw or new.raw)
 
 
-class Probe(NamedTuple):
-    """Where metadata may be had besides the model list: path, whether it hangs below the root or the
-    base, and the signs (any of them) that make it worth asking."""
-
-    path: str
-    native: bool
-    signs: frozenset
-    instead: str = ""               # a probe whose success makes this one needless
-
-
-# "unknown" stands for a server of one's own that shows no sign at all.
+# Where metadata may be had besides the model list: path, whether it hangs below the root (else the base), and the
+# preset that alone has it.  Each is a cheap GET; the first that tells anything is the only one of its server.
 PROBES = (
-    Probe("/api/v1/models", True, frozenset(("organization_owner", "lmstudio", "unknown"))),
-    Probe("/api/v0/models", True, frozenset(("organization_owner", "lmstudio", "unknown")), "/api/v1/models"),
-    Probe("/props", True, frozenset(("llamacpp", "llama.cpp", "unknown"))),
-    Probe("/model/info", True, frozenset(("litellm", "unknown"))),
-    Probe("/model_info", True, frozenset(("sglang",))),
-    Probe("/info", True, frozenset(("tgi",))),
-    Probe("/models/capabilities", False, frozenset(("localai", "bare"))),
-    Probe("/language-models", False, frozenset(("xai",))),
-    Probe("/api/extra/true_max_context_length", True, frozenset(("koboldcpp",))),
+    ("/api/v1/models", True, ""),       # LM Studio
+    ("/api/v0/models", True, ""),       # LM Studio before 0.4
+    ("/props", True, ""),               # llama.cpp
+    ("/model/info", True, ""),          # LiteLLM
+    ("/model_info", True, ""),          # SGLang
+    ("/info", True, ""),                # TGI
+    ("/models/capabilities", False, ""),                # LocalAI
+    ("/api/extra/true_max_context_length", True, ""),   # KoboldCpp
+    ("/language-models", False, "xai"),
 )
-
-
-def server_signs(target: Target, models: list, headers: dict) -> set:
-    """What the list and its headers say about the server (upstreams 2.25)."""
-    signs = {target.name} if target.name else set()
-    signs |= {name for name, preset in PRESETS.items() if preset is target.preset and preset.hosts}
-    signs |= {info.owner for info in models if info.owner}
-    if headers.get("server", "").lower().startswith("llama.cpp"):
-        signs.add("llama.cpp")
-    if any(name.startswith("x-litellm") for name in headers):
-        signs.add("litellm")
-    if models and not any(info.raw.get("created") or info.owner for info in models):
-        signs.add("bare")
-    if any(info.id.startswith("koboldcpp/") for info in models):
-        signs.add("koboldcpp")
-    recognised = set().union(*(probe.signs for probe in PROBES)) - {"unknown"} | {"vllm", "mlx", "ollama", "library"}
-    if not signs & recognised and not target.preset.hosts:
-        signs.add("unknown")
-    return signs
 
 
 class Catalogue:
@@ -4192,36 +3976,24 @@ class Catalogue:
     def __init__(self, config: Config, fetch: Callable, api: Callable, say: Callable = lambda text: None) -> None:
         self._config, self._fetch, self._api, self._say = config, fetch, api, say
         self._patterns = read_filter_file(config.models_filter)
-        self._lock = threading.Lock()
-        self._models: Optional[list] = None     # list entries with all metadata, None before the first answer
-        self._listed: list = []                 # what is shown, aliases included
-        self._names: dict = {}
-        self._fetched = self._failed = 0.0
+        self._changed = threading.Condition()   # guards all that follows
+        self._models: Optional[list] = None     # list entries, None before the first answer
+        self._listed: list = []                 # what is shown, with all metadata, aliases included
+        self._names: dict = {}                  # every name that means a model -> its entry
+        self._fetched = self._failed = -1e9
         self._error: Optional[UpstreamError] = None
-        self._absent: dict = {}                 # probe -> until when it is not asked again
-        self._probed = False
+        self._absent: set = set()               # probes without an answer, until the list changes
+        self._wanted = self._probed = False     # somebody wants metadata; it was looked for
         self._details: dict = {}                # id -> ModelInfo that probes told
         self._thinkers: set = set()             # ids whose answers were seen to think
-        self._busy: Optional[tuple] = None      # (list is there, metadata is there) of a refresh under way
-        self.generation = 0
+        self._busy = False                      # a refresh is under way
 
     # -- asking
 
-    def models_at_once(self, details: bool = True) -> Optional[list]:
-        """models() from memory; None when that may take waiting."""
-        return self._listed if self._is_fresh() and (self._probed or not details) else None
-
-    def resolve_at_once(self, name: str) -> Optional[ModelInfo]:
-        """resolve() from memory; None when that may take waiting.  A list that is old is renewed meanwhile."""
-        if self._models is None:
-            return None
-        if not self._is_fresh():
-            self._update(0.0, False)
-        return self._find(name)
-
     def models(self, details: bool = True) -> list[ModelInfo]:
         """Everything that may be shown.  Raises UpstreamError when nothing was ever known."""
-        self._update(FIRST_PATIENCE if self._models is None else DISCOVERY_PATIENCE, details)
+        for _ in range(2):              # a refresh that began before metadata was wanted may end without it
+            self._update(PROBE_TIMEOUT if self._models is None else 1.0, details)
         if self._models is None:
             raise self._error or UpstreamUnreachable("the target's model list is not known yet")
         return self._listed
@@ -4232,29 +4004,25 @@ class Catalogue:
         Raises BadRequest 404 for an unknown or hidden one.  A target whose list cannot be had is
         trusted to know its models: the name passes as it is.
         """
-        if self._models is None or not self._is_fresh():
-            self._update(0.0 if self._models else LIST_TIMEOUT + 1, False)
-        for attempt in range(2):
+        patience = 0.0 if self._models or isinstance(self._error, UpstreamTimeout) else LIST_TIMEOUT
+        self._update(patience)
+        found = self._find(name)
+        if found is None and self._models and time.monotonic() - max(self._fetched, self._failed) > 1.0:
+            self._update(LIST_TIMEOUT, force=True)      # it may be new
             found = self._find(name)
-            if found is not None:
-                return found
-            if attempt == 0 and time.monotonic() - max(self._fetched, self._failed) > (1.0 if self._models else 0.2):
-                self._update(LIST_TIMEOUT + 1, False, force=True)
+        if found is not None:
+            return found
         if not self._models and not self._patterns:
-            if isinstance(self._error, UpstreamUnreachable):
-                raise self._error
-            return ModelInfo(self._aliased(name), shown=name)
+            return ModelInfo(dict(self._config.alias).get(name, name), shown=name)
         if self._passes_unlisted(name):
             return ModelInfo(name, shown=name)
         raise model_not_found(name)
 
     def _passes_unlisted(self, name: str) -> bool:
         """Azure's deployments and OpenRouter's variants (x:online) are real and stand in no list."""
-        if self._patterns:
-            return False
-        if self._config.destination.key_header == "api-key":
-            return True
-        return self._config.destination.preset.strip_vendor and self._find(name.rpartition(":")[0]) is not None
+        target = self._config.destination
+        return not self._patterns and (target.key_header == "api-key" or (
+            target.preset.strip_vendor and self._find(name.rpartition(":")[0]) is not None))
 
     def is_hidden(self, model_id: str) -> bool:
         """A models filter keeps it from clients."""
@@ -4268,99 +4036,67 @@ class Catalogue:
     def note_thinking(self, model_id: str) -> None:
         """An answer of this model brought reasoning: it can think, whatever lists say."""
         if model_id not in self._thinkers:
-            with self._lock:
+            with self._changed:
                 self._thinkers.add(model_id)
-                if self._models is not None:
-                    self._index(self._models)
+                self._index()
 
     # -- names
 
-    def shown_name(self, model_id: str, short: str) -> str:
-        """The name in lists: a tag is added to an id that has none."""
-        name = short or model_id
-        last = name.rpartition("/")[2]
-        return name if ":" in last or not self._config.tag else f"{name}:{self._config.tag}"
-
-    def _short(self, model_id: str) -> str:
-        name = model_id[len("models/"):] if model_id.startswith("models/") else model_id
-        return name.rpartition("/")[2]
+    def shown_name(self, name: str) -> str:
+        """The name in lists: a tag is added to one that has none."""
+        return name if ":" in name.rpartition("/")[2] or not self._config.tag else f"{name}:{self._config.tag}"
 
     def _strips(self) -> bool:
         config = self._config
         return bool(config.strip_vendor or (config.destination.preset.strip_vendor and not config.keep_vendor))
 
-    def _aliased(self, name: str) -> str:
-        return dict(self._config.alias).get(name, name)
-
-    def _index(self, models: list) -> None:
-        """Builds everything that lookups need; called with the lock held."""
-        config = self._config
-        shorts: dict = collections.Counter(self._short(info.id) for info in models)
-        aliases: dict = {}
-        for alias, model_id in config.alias:
-            aliases.setdefault(model_id, []).append(alias)
-        names: dict = {"exact": {}, "short": {}, "alias": {}, "lower": {}}
-        listed: list = []
+    def _index(self) -> None:
+        """Builds everything that look-ups need, with the lock held.  The first that takes a name keeps it."""
+        models = self._models or []
+        shorts = collections.Counter(short_name(info.id) for info in models)
+        listed, aliased, short_forms, names = [], [], [], {}
         for info in models:
             info = merge_info(info, self._details.get(info.id, ModelInfo(info.id)))
-            short = self._short(info.id)
-            cut = short if shorts[short] == 1 and (self._strips() or info.id == f"models/{short}") else ""
-            info = info._replace(shown=self.shown_name(info.id, cut), capabilities=self._capabilities(info))
-            if not self._allowed(info, tuple(aliases.get(info.id, ()))):
+            short = short_name(info.id)
+            cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
+            info = info._replace(shown=self.shown_name(short if cut else info.id), capabilities=self._capabilities(info))
+            own = [alias for alias, model_id in self._config.alias if model_id == info.id]
+            if not self._allowed(info, own):
                 continue
-            names["exact"][info.id] = info
+            names[info.id] = info
             if shorts[short] == 1:
-                names["short"].setdefault(short, info)
-            if "other" not in info.traits:
+                short_forms.append((short, info))
+            listed += [info] if "other" not in info.traits else []
+            aliased += [(alias, info._replace(alias=alias, shown=self.shown_name(alias))) for alias in own]
+        for name, info in aliased + short_forms:
+            if info.alias and name not in names:    # an id that exists is never shadowed
                 listed.append(info)
-            for alias in aliases.get(info.id, ()):
-                if any(other.id == alias for other in models):
-                    continue            # an id that exists is never shadowed
-                entry = info._replace(alias=alias, shown=self.shown_name(alias, ""))
-                names["alias"][alias] = entry
-                listed.append(entry)
-        for table in ("short", "alias", "exact"):
-            names["lower"].update((key.lower(), info) for key, info in names[table].items())
-        listed.sort(key=lambda info: -(info.created or 0))
-        self._models, self._names, self._listed = models, names, listed
-        self.generation += 1
+            names.setdefault(name, info)
+        for name in list(names):
+            names.setdefault(name.lower(), names[name])
+        self._names, self._listed = names, sorted(listed, key=lambda info: -(info.created or 0))
 
     def _find(self, name: str) -> Optional[ModelInfo]:
-        names = self._names
-        if not names:
-            return None
-        if name in names["exact"]:
-            return names["exact"][name]
-        forms = [name]
-        for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}:
-            if tag and name.endswith(f":{tag}"):
-                forms.append(name[:-len(tag) - 1])
-        forms += [re.sub(r":[0-9]+$", "", form) for form in forms if re.search(r":[0-9]+$", form)]
+        forms = [name] + [name[:-len(tag) - 1] for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}
+                          if tag and name.endswith(f":{tag}")]
+        forms += [form.rpartition(":")[0] for form in forms if re.search(r":[0-9]+$", form)]
         forms += [f"{form}:latest" for form in forms]
-        for table in ("exact", "alias", "short"):
-            for form in forms:
-                if form in names[table]:
-                    return names[table][form]
-        for form in forms:
-            for key in (form.lower(), f"models/{form.lower()}"):
-                if key in names["lower"]:
-                    return names["lower"][key]
-        return None
+        forms += [form.lower() for form in forms] + [f"models/{form.lower()}" for form in forms]
+        return next((self._names[form] for form in forms if form in self._names), None)
 
-    def _allowed(self, info: ModelInfo, aliases: tuple) -> bool:
+    def _allowed(self, info: ModelInfo, aliases: Iterable) -> bool:
         if not self._patterns:
             return True
         tags = tuple(f":{tag}" for tag in ("latest", "proxy", self._config.tag.lower()) if tag)
 
-        def bare(name: str) -> str:
-            return next((name[:-len(tag)] for tag in tags if name.endswith(tag)), name)
+        def both(name: str) -> set:         # with and without its tag
+            name = name.lower()
+            return {name, next((name[:-len(tag)] for tag in tags if name.endswith(tag)), name)} - {""}
 
-        forms = {form.lower() for form in (info.id, self._short(info.id), info.shown, *aliases) if form}
-        forms |= {bare(form) for form in forms}
+        forms = set().union(*map(both, (info.id, short_name(info.id), info.shown, *aliases)))
 
         def hit(pattern: str) -> bool:
-            patterns = {pattern.lower(), bare(pattern.lower())}
-            return any(fnmatch.fnmatchcase(form, one) or form == one for form in forms for one in patterns)
+            return any(fnmatch.fnmatchcase(form, one) or form == one for form in forms for one in both(pattern))
 
         wanted = [pattern for pattern in self._patterns if not pattern.startswith("!")]
         return (not wanted or any(map(hit, wanted))) \
@@ -4368,137 +4104,121 @@ class Catalogue:
 
     def _capabilities(self, info: ModelInfo) -> tuple:
         """Ollama's words; what nobody told is assumed so that clients do not hide the model (rule 91)."""
-        traits = dict(info.traits)
-        traits.setdefault("embedding", bool(_EMBEDDING_NAME.search(info.id)))
+        traits = {"completion": True, "tools": True, "embedding": bool(_EMBEDDING_NAME.search(info.id)),
+                  "vision": bool(_VISION_NAME.search(info.id)), **info.traits}
         if traits["embedding"]:
             return ("embedding",)
-        traits.setdefault("vision", bool(_VISION_NAME.search(info.id)))
-        traits.setdefault("tools", True)
-        if info.id in self._thinkers:
-            traits["thinking"] = True
-        if self._config.reasoning == "merge":
-            traits["thinking"] = False
-        return ("completion",) + tuple(word for word in ("tools", "vision", "thinking", "insert") if traits.get(word))
+        traits["thinking"] = (traits.get("thinking") or info.id in self._thinkers) and self._config.reasoning != "merge"
+        return tuple(word for word in ("completion", "tools", "vision", "thinking", "insert") if traits.get(word))
 
     # -- refreshing
 
-    def _is_fresh(self) -> bool:
-        return self._models is not None and time.monotonic() - self._fetched < CATALOGUE_FRESH
-
-    def _update(self, patience: float, details: bool, force: bool = False) -> None:
-        """Starts a refresh when one is due; waits `patience` seconds for the list, and a moment more for
-        metadata that was never there."""
-        now = time.monotonic()
-        known, wanting = self._models is not None, details and not self._probed
-        hung = isinstance(self._error, UpstreamTimeout)
-        memory = HUNG_MEMORY if hung else DOWN_MEMORY if known else 0.2
-        if not (force or wanting or not known or not self._is_fresh()) \
-                or (now - self._failed < memory and (hung or not force)):
-            return
-        with self._lock:
-            busy = self._busy
-            if busy is None:
-                busy = (threading.Event(), threading.Event())
+    def _update(self, patience: float, details: bool = False, force: bool = False) -> None:
+        """Starts a refresh when one is due, and waits for `patience` seconds at most for what is wanted and not there."""
+        with self._changed:
+            now, known = time.monotonic(), self._models is not None
+            self._wanted = self._wanted or details
+            missing = not known or (details and not self._probed)
+            stale = now - self._fetched > CATALOGUE_FRESH
+            failed = now - self._failed < FAILURE_MEMORY and (known or isinstance(self._error, UpstreamTimeout))
+            if not self._busy and (force or missing or stale) and not failed:
+                self._busy = True
                 try:
-                    threading.Thread(target=self._refresh, args=(*busy, details), name="catalogue", daemon=True).start()
+                    threading.Thread(target=self._refresh, name="catalogue", daemon=True).start()
                 except RuntimeError:    # no more threads: the memory has to do
-                    return
-                self._busy = busy
-        if patience:
-            busy[0].wait(patience)
-        if wanting and patience:
-            busy[1].wait(DETAILS_PATIENCE)
+                    self._busy = False
+            if patience and (force or missing or stale):
+                self._changed.wait_for(lambda: not self._busy or (self._fetched > now and not (
+                    details and not self._probed)), patience)
 
-    def _refresh(self, listed: threading.Event, done: threading.Event, details: bool) -> None:
+    def _refresh(self) -> None:
+        error: Optional[UpstreamError] = None
         try:
             native = self._api() == "ollama"
-            status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
+            status, _, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
             models = read_models(payload) if status < 400 else None
             if models is None:
-                sentence = error_sentence(payload) if status >= 400 or payload else ""
-                raise UpstreamRefused(f"{self._config.destination.url} gave no model list: "
-                                      f"{sentence or f'HTTP {status}'}", 502)
-            with self._lock:
-                self._index(models)
-            self._fetched, self._error = time.monotonic(), None
-            listed.set()
-            if not native and (details or self._probed):
-                self._probe(models, headers)
-        except ProxyError as error:
-            self._failed = time.monotonic()
-            self._error = error if isinstance(error, UpstreamError) else UpstreamError(error.message)
-            self._say(f"model list: {error.message}")
-        except Exception as error:      # noqa: BLE001  a bug here must not stop every later refresh
-            self._failed = time.monotonic()
-            self._error = UpstreamError("the model list could not be read")
-            complain(error)
+                sentence = error_sentence(payload) or f"HTTP {status}"
+                raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
+            self._take(models)
+            self._probe(models, native)
+        except ProxyError as told:
+            error = told if isinstance(told, UpstreamError) else UpstreamError(told.message)
+            self._say(f"model list: {told.message}")
+        except Exception as bug:        # noqa: BLE001  a bug here must not stop every later refresh
+            error = UpstreamError("the model list could not be read")
+            complain(bug)
         finally:
-            with self._lock:
-                self._busy = None
-            listed.set()
-            done.set()
+            with self._changed:
+                self._error = error
+                self._failed = time.monotonic() if error else self._failed
+                self._busy = False
+                self._changed.notify_all()
 
-    def _probe(self, models: list, headers: dict) -> None:
-        """Gathers metadata; every answer that is no metadata means "not there", and is remembered."""
-        signs = server_signs(self._config.destination, models, headers)
-        found: dict = {}
-        answered: set = set()
-        for probe in PROBES:
-            if not signs & probe.signs or probe.instead in answered \
-                    or self._absent.get(probe.path, 0.0) > time.monotonic():
+    def _take(self, models: list) -> None:
+        with self._changed:
+            if [info.id for info in models] != [info.id for info in self._models or ()]:
+                self._absent.clear()
+            self._models, self._fetched = models, time.monotonic()
+            self._index()
+            self._changed.notify_all()
+
+    def _probe(self, models: list, native: bool) -> None:
+        """Gathers metadata when somebody wants it; every answer that is no metadata means "not there"."""
+        if not self._wanted:
+            return
+        preset, found = self._config.destination.preset, {}
+        for path, below_root, only in () if native else PROBES:
+            if path in self._absent or (preset is not PRESETS[only] if only else preset.hosts):
                 continue
-            told = self._ask(probe, models)
-            if not told:
-                self._absent[probe.path] = time.monotonic() + ABSENT_MEMORY
-                continue
-            answered.add(probe.path)
-            for info in told:
+            for info in self._ask(path, below_root, models):
                 found[info.id] = merge_info(found.get(info.id, info), info)
-        self._probed = True
-        with self._lock:
-            if found != self._details:
-                self._details = found
-                self._index(self._models or models)
+            if found:
+                break
+            self._absent.add(path)
+        with self._changed:
+            self._details, self._probed = found or self._details, True
+            self._index()
 
-    def _ask(self, probe: Probe, models: list) -> list[ModelInfo]:
+    def _ask(self, path: str, native: bool, models: list) -> list[ModelInfo]:
         try:
-            status, _, payload = self._fetch(probe.native, probe.path, PROBE_TIMEOUT)
+            status, _, payload = self._fetch(native, path, PROBE_TIMEOUT)
         except ProxyError:
             return []
         if status != 200 or not isinstance(payload, (dict, list)) or as_dict(payload).get("error"):
             return []
         listed = read_models(payload)
-        if listed:
-            return listed
-        if not isinstance(payload, dict):
-            return []
-        if probe.path == "/props" and payload.get("role") == "router":
-            found = []
-            for info in models:         # asking about a model that is not loaded would load it
-                if info.running:
-                    name = urllib.parse.quote(info.id, safe="")
-                    found += self._ask(probe._replace(path=f"/props?model={name}"), [info])
-            return found or [ModelInfo("")]
+        if listed or not isinstance(payload, dict):
+            return listed or []
+        if path == "/props" and payload.get("role") == "router":
+            # Asking about a model that is not loaded would load it.
+            loaded = [info for info in models if info.running]
+            return [ModelInfo("")] + [told for info in loaded for told in self._ask(
+                f"/props?model={urllib.parse.quote(info.id, safe='')}", native, [info])]
         told = read_model({**payload, "id": models[0].id}) if len(models) == 1 else None
         return [told] if told and (told.context or told.context_now or told.family or told.template or told.traits) else []
 
 
+def short_name(model_id: str) -> str:
+    """An id without its vendor."""
+    return model_id.rpartition("/")[2]
+
 # ----------------------------------------------------------------------------
 # Room 11.  Healing: what a target refused, and what to send instead
 #
-# A refusal before the first event that names a field of ours is answered by sending the
-# request once more without it, or with what the target wants in its place.  What worked
-# is remembered per target, endpoint and model, so the next request is right at once.
+# A refusal before the first event that names something we sent is answered by sending the request
+# once more in another way: a remedy either edits the body or changes the target's habits, after which
+# the call is rendered again.  What was proved by success is remembered per target, endpoint and model.
 # ----------------------------------------------------------------------------
 
 
 def _rename(new: str) -> Callable:
-    def act(body: dict, key: str) -> bool:
-        if key not in body or new in body:
-            return body.pop(key, None) is not None
-        body[new] = body.pop(key)
-        return True
-    return act
+    def edit(body: dict, key: str) -> bool:
+        value = body.pop(key, None)
+        if value is not None:
+            body.setdefault(new, value)
+        return value is not None
+    return edit
 
 
 def _drop(body: dict, key: str) -> bool:
@@ -4506,94 +4226,68 @@ def _drop(body: dict, key: str) -> bool:
 
 
 def _schema_instead(body: dict, key: str) -> bool:
-    """json_object -> json_schema with a bare object; a schema that is refused, too, becomes a request in words."""
-    value = as_dict(body.get(key))
-    if value.get("type") == "json_object" and body.get("messages") is not None:
-        body[key] = {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}
-        return True
-    return False
-
-
-def _schema_in_words(body: dict, key: str) -> bool:
-    value = as_dict(body.pop(key, None))
-    messages = body.get("messages")
-    if not value or not isinstance(messages, list):
-        return bool(value)
-    schema = as_dict(value.get("json_schema")).get("schema") or {"type": "object"}
-    wanted = "Answer with JSON only, no code fence, matching this JSON Schema: " + json.dumps(schema)
-    body["messages"] = [{"role": "system", "content": wanted}] + messages
+    """json_object -> json_schema with a bare object."""
+    if as_dict(body.get(key)).get("type") != "json_object" or body.get("messages") is None:
+        return False
+    body[key] = {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}
     return True
 
 
+def _schema_in_words(body: dict, key: str) -> bool:
+    """A schema that is refused becomes a request in words."""
+    value, messages = as_dict(body.pop(key, None)), body.get("messages")
+    if value and isinstance(messages, list):
+        schema = as_dict(value.get("json_schema")).get("schema") or {"type": "object"}
+        wanted = "Answer with JSON only, no code fence, matching this JSON Schema: " + json.dumps(schema)
+        body["messages"] = [{"role": "system", "content": wanted}] + messages
+    return bool(value)
+
+
 def _first_four(body: dict, key: str) -> bool:
-    stops = body.get(key)
-    if isinstance(stops, list) and len(stops) > 4:
-        body[key] = stops[:4]
-        return True
-    return False
+    found = len(as_list(body.get(key))) > 4
+    body[key] = as_list(body.get(key))[:4] or body.get(key)
+    return found
 
 
 def _lower_effort(body: dict, key: str) -> bool:
-    if body.get(key) == "max":
-        body[key] = "high"
-        return True
-    return False
+    found = body.get(key) == "max"
+    body[key] = "high" if found else body.get(key)
+    return found
 
 
-def _messages_without(name: str) -> Callable:
-    def act(body: dict, key: str) -> bool:
-        messages = [dict(message) for message in as_list(body.get("messages")) if isinstance(message, dict)]
-        found = [message.pop(name, None) is not None for message in messages]
-        if any(found):
-            body["messages"] = messages
-        return any(found)
-    return act
+def _messages_without(body: dict, key: str) -> bool:
+    """Takes a key out of every message."""
+    messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
+    found = any(key in message for message in messages)
+    if found:
+        body["messages"] = [{name: value for name, value in message.items() if name != key} for message in messages]
+    return found
 
 
 def _tools_without_strict(body: dict, key: str) -> bool:
-    changed = False
-    for tool in as_list(body.get("tools")):
-        changed = as_dict(as_dict(tool).get("function")).pop("strict", None) is not None or changed
-    return changed
-
-
-def _nine_ids(body: dict, key: str) -> bool:
-    changed = False
-    for message in as_list(body.get("messages")):
-        for holder, name in [(call, "id") for call in as_list(message.get("tool_calls"))] + [(message, "tool_call_id")]:
-            if isinstance(holder.get(name), str) and nine(holder[name]) != holder[name]:
-                holder[name], changed = nine(holder[name]), True
-    return changed
-
-
-def _bridge_results(body: dict, key: str) -> bool:
-    messages, bridged = as_list(body.get("messages")), []
-    for message in messages:
-        if bridged and bridged[-1].get("role") == "tool" and message.get("role") == "user":
-            bridged.append({"role": "assistant", "content": "OK."})
-        bridged.append(message)
-    body["messages"] = bridged
-    return len(bridged) > len(messages)
-
-
-def _fill_reasoning(body: dict, key: str) -> bool:
-    changed = False
-    for message in as_list(body.get("messages")):
-        if message.get("role") == "assistant" and not message.get("reasoning_content"):
-            message["reasoning_content"], changed = " ", True
-    return changed
+    functions = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
+    return any([function.pop(key, None) is not None for function in functions])
 
 
 class Remedy(NamedTuple):
-    """One row: when the refusal is about `key` and matches `pattern`, do `act`."""
+    """One row: when a refusal is about `key`, or matches `pattern`, `edit` the body or change the `habits`."""
 
     key: str
-    act: Callable
+    edit: Optional[Callable] = None
     pattern: str = ""
+    habits: dict = {}
 
 
-# Rows of one key are tried in order, each once a request.  A key without a row is dropped.
+# Refusals that do not name the key in so many words, then rows for a key that is named.  Rows are tried in order,
+# each once a request; a key without a row is dropped.
 REMEDIES = (
+    Remedy("think", _drop, r"does not support thinking|think value .* is not supported"),
+    Remedy("response_format", _schema_instead, r"response_format|json_object|must contain the word .?json"),
+    Remedy("tool_call_id", None, r"tool.?call.?id.* length of 9|must be a-z, A-Z, 0-9", {"tool_ids": "nine"}),
+    Remedy("messages", None, r"[Uu]nexpected role .?user.? after role .?tool", {"bridge": True}),
+    Remedy("reasoning_content", None, r"reasoning_content.{0,80}(must be|is missing|is required|passed back)"
+                                      r"|[Mm]issing .?reasoning_content", {"fill_reasoning": True}),
+    Remedy("max_tokens", _rename("max_completion_tokens"), r"max_completion_tokens.? instead"),
     Remedy("max_tokens", _rename("max_completion_tokens")),
     Remedy("max_completion_tokens", _rename("max_tokens")),
     Remedy("seed", _rename("random_seed")),
@@ -4602,21 +4296,12 @@ REMEDIES = (
     Remedy("response_format", _schema_in_words),
     Remedy("stop", _first_four),
     Remedy("reasoning_effort", _lower_effort),
-    Remedy("reasoning_content", _messages_without("reasoning_content")),
-    Remedy("reasoning_details", _messages_without("reasoning_details")),
+    Remedy("reasoning_content", _messages_without),
+    Remedy("reasoning_details", _messages_without),
     Remedy("strict", _tools_without_strict),
 )
-# Refusals that do not name the key in so many words.
-SYMPTOMS = (
-    Remedy("think", _drop, r"does not support thinking|think value .* is not supported"),
-    Remedy("response_format", _schema_instead, r"response_format|json_object|must contain the word .?json"),
-    Remedy("messages", _nine_ids, r"tool.?call.?id.* length of 9|must be a-z, A-Z, 0-9"),
-    Remedy("messages", _bridge_results, r"[Uu]nexpected role .?user.? after role .?tool"),
-    Remedy("messages", _fill_reasoning, r"reasoning_content.{0,80}(must be|is missing|is required|passed back)"
-                                        r"|[Mm]issing .?reasoning_content"),
-    Remedy("max_tokens", _rename("max_completion_tokens"), r"max_completion_tokens.? instead"),
-)
-_VALUE_REFUSED = re.compile(r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)", re.I)
+_VALUE_REFUSED = re.compile(r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)",
+                            re.I)
 _CONTEXT_OVERFLOW = re.compile(r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens"
                                r"|n_ctx", re.I)
 # Never dropped: an answer without them would be an answer to another question (rule 29).
@@ -4630,91 +4315,105 @@ CLIENT_MESSAGE_KEYS = ("copilot_cache_control", "copilot_references", "cot_id", 
 def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
     """The keys of `body` that a refusal may be about, likeliest first (upstreams rule 27)."""
     told = error.body
-    told = told[0] if isinstance(told, list) and told else told
-    keys: list[str] = []
-    param = as_dict(as_dict(told).get("error")).get("param") or as_dict(told).get("param")
-    if isinstance(param, str):
-        keys += re.findall(r"\w+", param)
-    for holder in (as_dict(told), as_dict(as_dict(told).get("message"))):
+    told = as_dict(told[0] if isinstance(told, list) and told else told)
+    param = as_dict(told.get("error")).get("param") or told.get("param")
+    keys = re.findall(r"\w+", as_text(param))
+    for holder in (told, as_dict(told.get("message"))):
         for problem in as_list(holder.get("detail")):
             keys += [str(part) for part in reversed(as_list(as_dict(problem).get("loc")))]
-    words = set(re.findall(r"\w+", error.message))
     message_keys = {key for message in as_list(body.get("messages")) if isinstance(message, dict) for key in message}
     ours = set(body) | set(_NESTED) | (message_keys - {"role", "content", "name"}) | {"strict"}
-    keys += sorted(words & ours, key=len, reverse=True)
+    keys += sorted(ours.intersection(re.findall(r"\w+", error.message)), key=len, reverse=True)
     keys = [_NESTED.get(key, key) for key in keys]
     return [key for key in dict.fromkeys(keys) if key in body or key in message_keys or key == "strict"]
 
 
+class Attempt(NamedTuple):
+    """How a call is sent: the target's habits, edits of the body, and those of them that are worth remembering."""
+
+    habits: Habits
+    edits: tuple = ()               # (edit, key)
+    lessons: tuple = ()             # the edits that are no matter of this client's values alone
+    tried: tuple = ()               # remedies, whether they helped or not
+
+    def body(self, render: Callable) -> WireRequest:
+        """The call that `render(habits)` renders, edited."""
+        wire = render(self.habits)
+        for edit, key in self.edits:
+            edit(wire.body, key)
+        return wire
+
+
 class Healer:
-    """Knows what the target refused; a lesson is (key, action), and `where` is (path, model)."""
+    """Knows how targets want their requests; `where` is a model and a kind of request."""
 
-    def __init__(self) -> None:
-        self._lessons: dict = {}
+    def __init__(self, preset: Preset) -> None:
+        presets = tuple((_rename(new) if new else _drop, key) for key, new in preset.lessons.items())
+        self._default = Attempt(preset.habits, presets, presets)
+        self._known: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
 
-    def apply(self, where: tuple, preset: Preset, body: dict) -> None:
-        """Changes `body` to what this target is known to want."""
-        for key, new in preset.lessons.items():
-            (_rename(new) if new else _drop)(body, key)
-        for key, act in self._lessons.get(where, ()):
-            act(body, key)
+    def known(self, where: tuple) -> Attempt:
+        """What is known to work, or what the preset says."""
+        return self._known.get(where, self._default)
 
-    def remember(self, where: tuple, lessons: list) -> None:
-        """What was done to a request that then succeeded."""
-        if len(self._lessons) > 4096:
-            self._lessons.pop(next(iter(self._lessons)))
-        known = self._lessons.get(where, ())
-        self._lessons[where] = known + tuple(lesson for lesson in lessons if lesson not in known)
+    def remember(self, where: tuple, attempt: Attempt) -> None:
+        """An attempt that succeeded."""
+        with self._lock:
+            self._known[where] = attempt._replace(edits=attempt.lessons, tried=())
+            while len(self._known) > 4096:
+                self._known.popitem(last=False)
 
-    def heal(self, error: UpstreamRefused, body: dict, tried: list) -> bool:
-        """Changes `body` in answer to a refusal and notes the lesson in `tried`; False when nothing helps."""
-        if error.status not in (400, 404, 422, 501):
-            return False
-        error.message = error.message[:20000]
-        limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
-        if limit and _CONTEXT_OVERFLOW.search(error.message) \
-                and not re.search("unsupported|not supported", error.message, re.I):
-            return self._try(None, _drop, body, tried, limit)
-        for row in SYMPTOMS:
-            if re.search(row.pattern, error.message) and self._try(row.key, row.act, body, tried):
-                return True
-        if error.status == 404 and not as_dict(as_dict(error.body).get("error")).get("param"):
-            return False                # an unknown model or path is not cured by leaving fields out
-        for key in refused_keys(error, body):
-            for row in REMEDIES:
-                if row.key == key and self._try(key, row.act, body, tried):
-                    return True
-            if key in CLIENT_MESSAGE_KEYS and self._try(key, _MESSAGE_DROPS[key], body, tried):
-                return True
-            if key not in _ESSENTIAL and self._try(key, _drop, body, tried):
-                return True
-        return False
+    def heal(self, error: UpstreamRefused, body: dict, attempt: Attempt) -> Optional[Attempt]:
+        """Another attempt in answer to a refusal of `body`; None when nothing is left to try."""
+        lasting = not _VALUE_REFUSED.search(error.message)
+        for remedy, lesson in self._remedies(error, body):
+            if remedy in attempt.tried:
+                continue
+            tried = attempt.tried + (remedy,)
+            habits = attempt.habits._replace(**remedy.habits)
+            if habits != attempt.habits:
+                return attempt._replace(habits=habits, tried=tried)
+            if remedy.edit is not None and remedy.edit(body, remedy.key):
+                edit = ((remedy.edit, remedy.key),)
+                return Attempt(habits, attempt.edits + edit, attempt.lessons + (edit if lesson and lasting else ()), tried)
+        return None
 
     @staticmethod
-    def _try(key: Optional[str], act: Callable, body: dict, tried: list, on: str = "") -> bool:
-        if (key, act) in tried or not act(body, on or key):
-            return False
-        tried.append((key, act))
-        return True
+    def _remedies(error: UpstreamRefused, body: dict) -> Iterator[tuple[Remedy, bool]]:
+        """(remedy, whether its success teaches something), likeliest first."""
+        if error.status not in (400, 404, 422, 501):
+            return
+        text = error.message[:20000]
+        limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
+        if limit and _CONTEXT_OVERFLOW.search(text) and not re.search("unsupported|not supported", text, re.I):
+            yield Remedy(limit, _drop), False
+            return
+        yield from ((row, True) for row in REMEDIES if row.pattern and re.search(row.pattern, text))
+        if error.status == 404 and not as_dict(as_dict(error.body).get("error")).get("param"):
+            return                      # an unknown model or path is not cured by leaving fields out
+        for key in refused_keys(error, body):
+            yield from ((row, True) for row in REMEDIES if row.key == key and not row.pattern)
+            if key in CLIENT_MESSAGE_KEYS:
+                yield Remedy(key, _messages_without), True
+            if key not in _ESSENTIAL:
+                yield Remedy(key, _drop), True
 
 
-_MESSAGE_DROPS = {key: _messages_without(key) for key in CLIENT_MESSAGE_KEYS}
-
-
-class Keepsakes:
-    """Extras that a provider attached to tool calls and wants to see again (Gemini's extra_content,
-    OpenRouter's reasoning_details, DeepSeek's reasoning_content), by tool call id, the oldest forgotten."""
+class CallExtras:
+    """A cache of what a provider attached to tool calls and wants to see again (Gemini's extra_content,
+    OpenRouter's reasoning_details, DeepSeek's reasoning_content), the oldest forgotten."""
 
     def __init__(self) -> None:
         self._kept: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def keep(self, calls: Iterable) -> None:
         """Remembers what came with `calls`."""
-        for call in calls:
-            if call.extra:
-                self._kept[self._key(call)] = call.extra
-                while len(self._kept) > KEEPSAKES:
-                    self._kept.popitem(last=False)
+        with self._lock:
+            self._kept.update((self._key(call), call.extra) for call in calls if call.extra)
+            while len(self._kept) > CALL_EXTRAS:
+                self._kept.popitem(last=False)
 
     def attach(self, messages: tuple) -> tuple:
         """The history with everything that is remembered about its calls."""
@@ -4726,17 +4425,8 @@ class Keepsakes:
 
     @staticmethod
     def _key(call: ToolCall) -> str:
-        """Ids like call_0 come again in every conversation; the whole call hardly does."""
-        return digest_of(json.dumps([call.id, call.name, whole_numbers(call.arguments)], sort_keys=True))
-
-
-def whole_numbers(value: Any) -> Any:
-    """JSON as JavaScript would write it again: 1.0 is 1."""
-    if isinstance(value, dict):
-        return {key: whole_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        """Ids like call_0 come again in every conversation; the whole call hardly does.  JavaScript writes 1.0 as 1."""
+        return digest_of(json.dumps([call.id, call.name, call.arguments], sort_keys=True).replace(".0", ""))
 
 # ----------------------------------------------------------------------------
 # Room 12.  Operations: one short function per verb
@@ -4751,12 +4441,10 @@ class Request:
         path, _, self.query = target.partition("?")
         self.path = clean_path(path)
         self.body: Any = b""
+        self.length, self.chunked, self.keep = 0, False, version == 1
         self.route: Any = None
         self.arguments: tuple = ()
         self.started = time.monotonic_ns()
-        self.keep = version == 1
-        self.length: Optional[int] = None
-        self.chunked = False
 
     @property
     def text(self) -> str:
@@ -4765,13 +4453,13 @@ class Request:
 
 
 class Response:
-    """What the client gets: a whole `body`, or `lines`, lists of pieces as they come (`length` bytes, if that is known)."""
+    """What the client gets: `lines`, lists of pieces as they come, `length` bytes altogether if that is known; a whole
+    `body` is one of them."""
 
     def __init__(self, status: int, body: bytes = b"", media_type: str = JSON, headers: Iterable = (),
                  lines: Optional[Iterable] = None, length: Optional[int] = None) -> None:
-        self.status, self.body, self.media_type, self.headers = status, body, media_type, tuple(headers)
-        self.lines, self.length = lines, length
-        self.reason = ""
+        self.status, self.media_type, self.headers, self.reason = status, media_type, tuple(headers), ""
+        self.lines, self.length = ([[body]], len(body)) if lines is None else (lines, length)
 
 
 def json_response(value: Any, status: int = 200, headers: Iterable = ()) -> Response:
@@ -4780,51 +4468,47 @@ def json_response(value: Any, status: int = 200, headers: Iterable = ()) -> Resp
 
 
 class Log:
-    """The access line of mission C10 on stdout, [PROXY] lines with --debug, warnings on stderr; all on
-    one line each, with keys hidden.  A closed stream silences it and nothing else."""
+    """The access line of mission C10 on stdout, [PROXY] lines with --debug, warnings on stderr; all on one line each,
+    with keys hidden.  A thread of its own writes them, so that whoever does not read the log stops nothing."""
 
     def __init__(self, config: Config) -> None:
         self._secrets = config.secrets
         self.debugging = config.debug and not config.no_log
         self._quiet = config.no_log
-        self._lock = threading.Lock()
+        self._waiting: collections.deque = collections.deque()      # (stream, line)
         self._lost = 0                  # lines that nobody took
-        self._second = (0, "")
-        self._known: dict = {}          # request lines as they are written
-        self._outlet: tuple = (None, None)      # the stream written to last, and what tells whether it takes more
+        self._some = threading.Event()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def redact(self, text: str) -> str:
         """`text` without any key of ours."""
         for secret in self._secrets:
-            if secret in text:
-                text = text.replace(secret, "***")
+            text = text.replace(secret, "***")
         return text
 
-    def access(self, client: str, request_line: str, status: int, size: int, milliseconds: float) -> None:
-        """ACCESS: 2023/04/15 12:34:56 127.0.0.1 "POST /api/generate HTTP/1.1" 200 1024 45.6ms"""
-        if self._quiet:
-            return
-        second, known = int(time.time()), self._second
-        if known[0] != second:
-            known = self._second = (second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second)))
-        line = self._known.get(request_line)
-        if line is None:
-            if len(self._known) >= 256:
-                self._known.clear()
+    def access(self, client: str, request_line: str, status: int, size: int, milliseconds: float, reason: str) -> None:
+        """ACCESS: 2023/04/15 12:34:56 127.0.0.1 "POST /api/generate HTTP/1.1" 200 1024 45.6ms, from 400 on "why"."""
+        if not self._quiet:
             line = self.redact(one_line(request_line, 400).replace('"', "%22"))
-            if len(request_line) < 1024:
-                self._known[request_line] = line
-        self._write(sys.stdout, f'ACCESS: {known[1]} {client} "{line}" {status} {size} {milliseconds:.1f}ms')
+            why = ' "' + self.redact(one_line(reason, 200)).replace('"', "'") + '"' if reason and status >= 400 else ""
+            self._write(sys.stdout, f'ACCESS: {time.strftime("%Y/%m/%d %H:%M:%S")} {client} "{line}" '
+                                    f'{status} {size} {milliseconds:.1f}ms{why}')
 
-    def debug(self, text: Any) -> None:
+    def debug(self, text: str) -> None:
         """One [PROXY] line, when --debug is given."""
         if self.debugging:
             self._write(sys.stdout, "[PROXY] " + one_line(self.redact(text), 20000))
 
+    def data(self, label: str, data: bytes, started: Optional[int] = None) -> None:
+        """debug() of bytes that came or went, and of the time since `started`, monotonic nanoseconds."""
+        if self.debugging:
+            took = f" (took {(time.monotonic_ns() - started) / 1e6:.0f}ms)" if started else ""
+            self.debug(f"{label}: {data.decode('utf-8', 'replace')}{took}")
+
     @property
     def tap(self) -> Optional[Callable]:
         """What --debug does with every chunk of a stream (mission B9); None without it."""
-        return (lambda label, data: self.debug(f"{label}: {data.decode('utf-8', 'replace')}")) if self.debugging else None
+        return self.data if self.debugging else None
 
     def say(self, text: str) -> None:
         """Something the operator should know."""
@@ -4832,136 +4516,119 @@ class Log:
             self._write(sys.stderr, one_line(self.redact(text), 1000))
 
     def _write(self, stream: Any, line: str) -> None:
-        """Writes unless that would wait: whoever does not read the log must not stop the proxy."""
-        try:
-            text = line if line.isascii() else line.encode("utf-8", "replace").decode("utf-8")
-            with self._lock:
-                if self._lost:
-                    text = f"\n({self._lost} lines were lost: nobody read the log)\n{text}"
-                takes_more = self._outlet[1] if self._outlet[0] is stream else self._look_at(stream)
-                text += "\n"
-                while text:             # a pipe that is ready takes 4096 bytes
-                    if not takes_more(0):
-                        self._lost += 1
-                        return
-                    stream.write(text[:1000])
-                    stream.flush()
-                    text = text[1000:]
-                self._lost = 0
-        except (OSError, ValueError, AttributeError, UnicodeError):
-            pass
+        if len(self._waiting) < 10000:
+            self._waiting.append((stream, line))
+        else:
+            self._lost += 1
+        self._some.set()
 
-    def _look_at(self, stream: Any) -> Callable:
-        """What tells whether a write to a pipe or a terminal goes on at once, as far as the system knows (POSIX)."""
-        try:
-            poller = select.poll()
-            poller.register(stream.fileno(), select.POLLOUT)
-            takes_more = poller.poll
-        except (OSError, ValueError, AttributeError):
-            def takes_more(patience: float) -> bool:    # Windows, or no file at all, such as a test's
-                return True
-        self._outlet = (stream, takes_more)
-        return takes_more
+    def _run(self) -> None:
+        while True:
+            self._some.wait()
+            self._some.clear()
+            while self._waiting:
+                stream, line = self._waiting[0]
+                lost, self._lost = self._lost, 0
+                line += f"\n({lost} lines were lost: nobody read the log)" if lost else ""
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.write(line.encode("utf-8", "replace").decode("utf-8") + "\n")
+                    stream.flush()
+                self._waiting.popleft()
+            time.sleep(0.02)            # so that one wake-up serves many lines
+
+    def close(self) -> None:
+        """Waits a moment until what was logged is written."""
+        until = time.monotonic() + 1.0
+        while self._waiting and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 class Context:
     """What every operation may use, built once: configuration, target, catalogue, memory."""
 
+    clock = Clock()
+
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.target = config.destination
+        self.config, self.target = config, config.destination
         self.log = Log(config)
-        self.clock = Clock()
         self.watcher = Watcher()
         self.upstream = Upstream(config)
-        self.healer = Healer()
-        self.keepsakes = Keepsakes()
+        self.healer = Healer(self.target.preset)
+        self.call_extras = CallExtras()
         self.openers: set = set()       # models whose answers begin inside a think tag
         self.fallback = parse_target(config.fallback, "ollama") if config.fallback else None
-        self._unknown_since = -1e9
-        self.known_api = config.target_api if config.target_api != "auto" else ""
-        if not self.known_api and (self.target.name or self.target.preset.hosts):
-            self.known_api = self.target.preset.api
+        known = bool(self.target.name or self.target.preset.hosts)
+        self._api = config.target_api if config.target_api != "auto" else self.target.preset.api if known else ""
+        self._asked = -1e9              # when the target did not answer
+        self._lock = threading.Lock()
+        self._client_key = ""           # with --forward-auth: the last one seen, for lists
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
-        self.memory: dict = {}          # answers of tags and show, by catalogue generation
-        self._headers = self._own_headers()
 
     def api(self) -> str:
         """What the target speaks, "openai" or "ollama": found out by asking, kept once it answered."""
-        if not self.known_api:
-            if time.monotonic() - self._unknown_since < DOWN_MEMORY:
-                return "openai"
-            try:
-                self.known_api = "ollama" if self._is_ollama() else "openai"
-            except UpstreamUnreachable:
-                self._unknown_since = time.monotonic()
-                return "openai"         # down: asked again soon
-            except UpstreamTimeout:     # an Ollama answers this at once
-                self.known_api = "openai"
-        return self.known_api
+        if self._api:
+            return self._api
+        with self._lock:
+            if not self._api and time.monotonic() - self._asked > FAILURE_MEMORY:
+                try:
+                    self._api = "ollama" if self._is_ollama() else "openai"
+                except UpstreamUnreachable:
+                    self._asked = time.monotonic()      # down: asked again soon
+                except UpstreamTimeout:                 # an Ollama answers this at once
+                    self._api = "openai"
+        return self._api or "openai"
 
     def _is_ollama(self) -> bool:
         """Asks for a version, then for the OpenAI list.  Ollama shows every model with a tag (ollama-api 1.9);
         a server that has a version and lists ids without one emulates a part of Ollama (KoboldCpp, LocalAI, a
         proxy of our own kind), and is taken for the OpenAI server that it is."""
         try:
-            status, _, payload = self.fetch(True, "/api/version", ASK_TIMEOUT)
+            status, _, payload = self.fetch(True, "/api/version", PROBE_TIMEOUT)
             if status != 200 or not isinstance(as_dict(payload).get("version"), str):
                 return False
-            status, _, payload = self.fetch(False, "/models", ASK_TIMEOUT)
+            status, _, payload = self.fetch(False, "/models", PROBE_TIMEOUT)
         except (UpstreamUnreachable, UpstreamTimeout):
             raise
         except UpstreamError:
             return False
-        listed = read_models(payload) if status == 200 else None
-        return all(":" in info.id for info in listed or ())
-
-    def habits(self) -> Habits:
-        """The target's habits; a server of one's own may know template switches, a stranger's may not."""
-        return self.target.preset.habits
-
-    def _own_headers(self) -> tuple:
-        target, config = self.target, self.config
-        headers = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
-        if target.key:
-            headers.append(("api-key", target.key) if target.key_header == "api-key"
-                           else ("Authorization", f"Bearer {target.key}"))
-        return tuple(headers) + tuple(config.header)
+        return all(":" in info.id for info in read_models(payload) or () if status == 200)
 
     def headers(self, request: Optional[Request] = None) -> list:
         """What goes to the target with every request: its key, never the client's unless so configured."""
-        headers = list(self._headers)
-        client = self.client_authorization(request)
-        if client:
-            headers = [pair for pair in headers if pair[0].lower() != "authorization"]
-            headers.append(("Authorization", client))
-        return headers
+        target, client = self.target, self.client_key(request)
+        own = ("api-key", target.key) if target.key_header == "api-key" else ("Authorization", f"Bearer {target.key}")
+        key = [("Authorization", client)] if client else [own] if target.key else []
+        extra = [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
+        return STRANGERS_HEADERS + key + extra
 
-    def client_authorization(self, request: Optional[Request]) -> str:
-        """The client's own key, when it is to be passed on; the key of our own door never is."""
-        if not self.config.forward_auth or request is None:
+    def client_key(self, request: Optional[Request]) -> str:
+        """The client's own Authorization, when it is to be passed on; the key of our own door never is.  Lists are
+        nobody's: they are asked with the last one seen."""
+        if not self.config.forward_auth:
             return ""
+        if request is None:
+            return self._client_key
         client, own = request.headers.get("authorization", ""), self.config.client_key
-        return client if is_real_key(client) and not (own and own in client) else ""
+        if not is_real_key(client) or (own and own in client):
+            return ""
+        self._client_key = client
+        return client
 
     def path(self, native: bool, path: str) -> str:
         """A path on the target, its base and the query of the configured URL added."""
-        whole = (self.target.root if native else self.target.base) + path
-        if self.target.query:
-            whole += ("&" if "?" in whole else "?") + self.target.query
-        return whole
+        whole, query = (self.target.root if native else self.target.base) + path, self.target.query
+        return whole + (f"{'&' if '?' in whole else '?'}{query}" if query else "")
 
     def fetch(self, native: bool, path: str, timeout: Optional[float]) -> tuple:
         """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError."""
         with contextlib.closing(Scope(self)) as scope:
-            reply = scope.open(self.target, "GET", self.path(native, path), self.headers() + [("Accept", JSON)], b"", timeout)
-            data = reply.read(64 * 1024 * 1024)
-        try:
-            return reply.status, reply.headers, load(data)
-        except (ValueError, RecursionError):
-            return reply.status, reply.headers, None
+            headers = self.headers() + [("Accept", JSON)]
+            reply = scope.open(self.target, "GET", self.path(native, path), headers, b"", timeout)
+            return reply.status, reply.headers, load_or_none(reply.read(64 * 1024 * 1024))
 
 
+# What goes to a server that our key is not meant for.
+STRANGERS_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
 _PLACEHOLDERS = frozenset(("", "undefined", "null", "none", "ollama", "dummy", "test", "key", "token", "api-key", "lm-studio",
                            "not-needed", "no-key", "no-key-required", "sk-no-key-required", "api-key-not-set",
                            "default-key", "okki", "changeme", "your-api-key"))
@@ -4979,43 +4646,36 @@ def refusal(reply: Reply) -> UpstreamRefused:
         data = reply.read(MAX_ERROR_BYTES, cut=True)
     except (StreamTruncated, BadUpstreamPayload):
         data = b""                      # the status is worth more than half a text
-    try:
-        body = load(data)
-    except (ValueError, RecursionError):
-        body = None
     headers = []
     wait_for = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
     if wait_for and reply.status in (402, 429, 503):
         headers.append(("Retry-After", one_line(wait_for, 60)))
-    status = reply.status if 400 <= reply.status <= 599 else 502
-    return UpstreamRefused(error_text(data, reply.status), status, headers, body, data, reply.content_type)
+    return UpstreamRefused(error_text(data, reply.status), reply.status if 400 <= reply.status <= 599 else 502, headers,
+                           load_or_none(data), data, reply.content_type)
 
 
 _LOADING = re.compile(r"loading|warming up|starting up", re.I)
 
 
-def send(scope: Scope, request: Request, dialect: Dialect, wire: WireRequest, model: str) -> Reply:
-    """One translated request to the target, healed and repeated where that helps.
+def send(scope: Scope, request: Request, native: bool, where: tuple, render: Callable) -> Reply:
+    """One translated request to the target, healed and repeated where that helps.  `render(habits)` gives the
+    WireRequest; `where` tells the kinds of requests apart whose lessons are their own.
 
-    Raises the first refusal when nothing does.  A server that is still loading is waited for.
+    Raises what the last, most healed request was refused for.  A server that is still loading is waited for.
     """
-    context = scope.context
-    native = dialect is OLLAMA
-    path = context.path(native, wire.path)
-    headers = context.headers(request) + [("Content-Type", JSON), ("Accept", EVENT_STREAM if wire.body.get("stream")
-                                                                   and not native else JSON)]
-    where = (wire.path, model)
-    body, tried, lessons, first = dict(wire.body), [], [], None
-    context.healer.apply(where, context.target.preset, body)
-    patient_until = time.monotonic() + context.config.timeout
+    context, patient_until = scope.context, time.monotonic() + scope.context.config.timeout
+    attempt = before = context.healer.known(where)
+    refused = ""
     while True:
-        data = dump(body)
-        if context.log.debugging:
-            context.log.debug(f"POST {context.target.scheme}://{context.target.authority}{path} - Request: {data.decode()}")
-        reply = scope.open(context.target, "POST", path, headers, data)
+        wire = attempt.body(render)
+        path, data = context.path(native, wire.path), dump(wire.body)
+        accepted = EVENT_STREAM if wire.body.get("stream") and not native else JSON
+        context.log.data(f"POST {context.target.scheme}://{context.target.authority}{path} - Request", data)
+        reply = scope.open(context.target, "POST", path, context.headers(request) + [
+            ("Content-Type", JSON), ("Accept", accepted)], data)
         if reply.status < 300:
-            if tried:
-                context.healer.remember(where, lessons)
+            if attempt.tried:
+                context.healer.remember(where, attempt)
             return reply
         error = refusal(reply)
         context.log.debug(f"Target response: {error.status} {error.message}")
@@ -5024,46 +4684,52 @@ def send(scope: Scope, request: Request, dialect: Dialect, wire: WireRequest, mo
             told = dict(error.headers).get("Retry-After", "")
             scope.pause(min(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 30.0))
             continue
-        first = first or error
-        if len(tried) >= 6 or not context.healer.heal(error, body, tried):
-            raise first
-        if tried[-1][0] is not None and not _VALUE_REFUSED.search(error.message):
-            lessons.append(tried[-1])   # the field is the trouble, not this client's value
+        if error.message == refused:    # the last remedy changed nothing
+            attempt = before._replace(tried=attempt.tried)
+            wire = attempt.body(render)
+        before, refused = attempt, error.message
+        healed = context.healer.heal(error, wire.body, attempt) if len(attempt.tried) < 6 else None
+        if healed is None:
+            raise error
+        attempt = healed
 
 
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
     """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
-    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.client_authorization(request):
+    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.client_key(request):
         return UpstreamError(f"{context.target.url} refused the key of this proxy: {error.message}", 502)
     return error
 
 
-def settings_for(config: Config, *names: str) -> list[dict]:
-    """The --set rows whose pattern fits any of a model's names, with or without vendor and tag."""
+_NO_OPTIONS = ("think", "keep_alive", "format", "reasoning", "open_think")     # what --set knows besides options
+
+
+def settings_for(config: Config, *names: str) -> tuple[dict, dict]:
+    """What --set says of a model with any of these names, with or without vendor and tag -> (options, the rest).
+    The first row that fits wins."""
     if not config.set:
-        return []
-    forms = {form.lower() for name in names for form in (name, name.rpartition("/")[2])}
+        return {}, {}
+    forms = {form.lower() for name in names for form in (name, short_name(name))}
     forms |= {re.sub(":(latest|proxy)$", "", form) for form in forms}
-    return [values for pattern, values in config.set
-            if any(fnmatch.fnmatchcase(form, pattern.lower()) for form in forms)]
+    found: dict = {}
+    for pattern, values in config.set:
+        if any(fnmatch.fnmatchcase(form, pattern.lower()) for form in forms):
+            found = {**values, **found}
+    rest = {key: found.pop(key) for key in _NO_OPTIONS if key in found}
+    return found, rest
 
 
 def with_defaults(config: Config, model: str, call: ChatCall) -> ChatCall:
     """--set, where the client said nothing."""
-    for values in settings_for(config, model, call.model):
-        options, extra = parse_options(values)
-        for key in ("think", "keep_alive", "format", "reasoning", "open_think"):
-            extra.pop(key, None)
-        known = set(call.options) | {name for name, wire in OLLAMA_OPTION_KEYS.items() if wire in call.extra}
-        call = call._replace(options={**{key: value for key, value in options.items() if key not in known},
-                                      **call.options}, extra={**extra, **call.extra})
-        if call.think is None and "think" in values:
-            call = call._replace(think=parse_think(values["think"]))
-        if call.keep_alive is None:
-            call = call._replace(keep_alive=values.get("keep_alive"))
-        if call.format is None and values.get("format"):
-            call = call._replace(format=parse_format(values["format"]))
-    return call
+    values, rest = settings_for(config, model, call.model)
+    options, extra = parse_options(values)
+    known = set(call.options) | {name for name, wire in OLLAMA_OPTION_KEYS.items() if wire in call.extra}
+    options = {key: value for key, value in options.items() if key not in known}
+    return call._replace(
+        options={**options, **call.options}, extra={**extra, **call.extra},
+        think=call.think if call.think is not None else parse_think(rest.get("think")),
+        keep_alive=call.keep_alive if call.keep_alive is not None else rest.get("keep_alive"),
+        format=call.format if call.format is not None else parse_format(rest.get("format")))
 
 
 def thinks_always(config: Config, model: str) -> bool:
@@ -5074,139 +4740,100 @@ def thinks_always(config: Config, model: str) -> bool:
 
 def converse(request: Request, scope: Scope) -> Response:
     """POST /api/chat, /api/generate, /v1/chat/completions, /v1/completions: the longest road, in order."""
-    context = scope.context
-    client, face = request.route.dialect, request.route.face
+    context, config, client = scope.context, scope.context.config, request.route.dialect
     target = DIALECTS[context.api()]
     if client is target:
-        return (relay_native if client is OLLAMA else relay_openai)(request, scope)
-    call = client.parse_chat(load_request(request.body), face)
+        return RELAYS[client.name](request, scope)
+    call = client.parse_chat(load_request(request.body), request.route.face)
     info = context.catalogue.resolve(call.model)
     if not call.messages and call.prompt is None:
-        return json_response(load_answer(call, context.clock.stamp().decode()))
-    call = with_defaults(context.config, info.id, call)
-    if context.config.generate_via == "completions" and call.face == "generate" and not call.images:
+        return json_response(load_answer(call, context.clock.stamp()))
+    call = with_defaults(config, info.id, call)
+    if config.generate_via == "completions" and call.face == "generate":
         call = as_continuation(call)
     if target is OLLAMA:
-        call = for_ollama(call, info, context.config)
-    wired, messages = call, context.keepsakes.attach(call.messages)
-    if info.id != call.model or messages is not call.messages:
-        wired = call._replace(model=info.id, messages=messages)
-    habits = context.habits()
-    wire = target.render_chat(wired, habits, info.context_now or info.context)
+        call = for_ollama(call, info, config)
+    wired = call._replace(model=info.id, messages=context.call_extras.attach(call.messages))
     sent = time.monotonic_ns()
+
+    def render(habits: Habits) -> WireRequest:
+        return target.render_chat(wired, habits, info.context_now or info.context)
+
     try:
-        reply = send(scope, request, target, wire, info.id)
-    except UpstreamRefused as error:
-        if error.status != 404 or wire.path != "/chat/completions" or call.face != "generate" \
-                or "model" in error.message.lower():
+        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
+    except UpstreamRefused as error:    # a target without a chat endpoint
+        if error.status != 404 or call.face != "generate" or call.prompt is not None or "model" in error.message.lower():
             raise
-        wire = target.render_chat(as_continuation(wired), habits, info.context)
-        reply = send(scope, request, target, wire, info.id)
-    config = context.config
+        wired = as_continuation(wired)
+        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)
-    steps = steps_for(config, call, decoder, info.id in context.openers or bool(setting_for(config, info.id, "open_think")))
-    witness = Witness(context, info.id, steps)
-    if not call.stream:
-        return whole_answer(reply.read(), decoder, encoder, witness, steps, context.log, request.started)
-    translation = Translation(decoder, encoder, steps, witness, context.log.redact, context.log.tap)
-    return Response(200, media_type=encoder.media_type, lines=begun(translation.lines(reply.pieces())))
+    opened = info.id in context.openers or bool(settings_for(config, info.id)[1].get("open_think"))
+    steps = steps_for(config, call, decoder, opened)
+    translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact, context.log.tap)
+    if call.stream:
+        return Response(200, media_type=encoder.media_type, lines=begun(translation.lines(reply.pieces())))
+    data = reply.read()
+    context.log.data("Target response", data, request.started)
+    response = Response(200, translation.whole(data))
+    context.log.data("Ollama response" if client is OLLAMA else "Response", response.lines[0][0], request.started)
+    return response
 
 
-class Witness:
-    """Called with all events of an answer; notes what later requests profit from: provider extras of tool
-    calls, models that think, models whose answers begin inside a think tag."""
+def observer(context: Context, model: str, steps: list) -> Callable:
+    """Sees all events of an answer; notes what later requests profit from: provider extras of tool calls, models
+    that think, models whose answers begin inside a think tag."""
+    tags = next((step for step in steps if isinstance(step, ThinkTags)), None)
 
-    def __init__(self, context: Context, model: str, steps: list) -> None:
-        self._context, self._model, self._tags = context, model, next((step for step in steps if isinstance(step, ThinkTags)), None)
-        self._thought = False
-
-    def __call__(self, events: list) -> None:
+    def observe(events: list) -> None:
         for event in events:
-            kind = type(event)
-            if kind is ThinkingDelta and not self._thought:
-                self._thought = True
-                self._context.catalogue.note_thinking(self._model)
-            elif kind is ToolCalls:
-                self._context.keepsakes.keep(event.calls)
-            elif kind is Finish and self._tags is not None and self._tags.begins_inside is not None:
-                openers = self._context.openers
-                (openers.add if self._tags.begins_inside else openers.discard)(self._model)
+            if isinstance(event, ThinkingDelta):
+                context.catalogue.note_thinking(model)
+            elif isinstance(event, ToolCalls):
+                context.call_extras.keep(event.calls)
+            elif isinstance(event, Finish) and tags is not None and tags.begins_inside is not None:
+                (context.openers.add if tags.begins_inside else context.openers.discard)(model)
+
+    return observe
 
 
 def steps_for(config: Config, call: ChatCall, decoder: Any, opened: bool) -> list:
     """What happens to events between the dialects: JSON is bare (clients rule 20), stop strings beyond the fourth are
     watched for here (upstreams rule 9), `think: false` hides all thinking (rule 60)."""
-    last, mode, steps = call.messages[-1] if call.messages else None, "drop" if call.think is False else config.reasoning, []
-    tagged = isinstance(decoder, OpenAIDecoder)
-    if tagged and last is not None and last.role == "assistant" and last.content and not last.tool_calls:
-        steps.append(Prefill(last.content))
-    if tagged:
+    last, mode, steps = call.messages[-1] if call.messages else None, config.reasoning, []
+    if isinstance(decoder, OpenAIDecoder):
+        if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+            steps.append(Prefill(last.content))
         steps.append(ThinkTags(decoder, opened))
     if call.format is not None:
         steps.append(Fence())
     if len(call.options.get("stop", ())) > 4:
         steps.append(StopStrings(call.options["stop"]))
-    return steps + ([Reasoning(mode)] if mode != "separate" else [])
-
-
-def setting_for(config: Config, model: str, key: str) -> Any:
-    """A value given by --set for a model, for keys that are no options of the target."""
-    return next((values[key] for values in settings_for(config, model) if key in values), None)
+    if call.think is False or mode != "separate":
+        steps.append(Reasoning("drop" if call.think is False else mode))
+    return steps
 
 
 def as_continuation(call: ChatCall) -> ChatCall:
-    """A conversation as one plain prompt, for targets without a chat endpoint."""
-    if call.prompt is not None:
+    """A conversation as one plain prompt, for targets without a chat endpoint; pictures need one."""
+    if call.prompt is not None or any(message.images for message in call.messages):
         return call
     return call._replace(prompt="\n\n".join(message.content for message in call.messages if message.content),
                          messages=(), tools=())
 
 
 def for_ollama(call: ChatCall, info: ModelInfo, config: Config) -> ChatCall:
-    """What an Ollama needs that OpenAI clients do not say: thinking for its models, pictures as bytes."""
-    if call.think is None and thinks_always(config, info.id):
-        call = call._replace(think=True)
-    messages = list(call.messages)
-    for at, message in enumerate(messages):
-        if any(image.url for image in message.images):
-            images = [fetch_image(image.url, config) if image.url else image for image in message.images]
-            messages[at] = message._replace(images=tuple(images))
-    return call._replace(messages=tuple(messages))
+    """What an Ollama needs that OpenAI clients do not say: thinking for its models; and pictures as bytes."""
+    if any(image.url for message in call.messages for image in message.images):
+        raise BadRequest("image URLs are not currently supported, please use base64 encoded data instead")
+    return call._replace(think=True) if call.think is None and thinks_always(config, info.id) else call
 
 
-def whole_answer(data: bytes, decoder: Any, encoder: Any, witness: Callable, steps: list, log: Log,
-                 started: int) -> Response:
-    """stream:false, whatever the target sent: one document, or a stream all the same."""
-    def took() -> str:
-        return f"(took {(time.monotonic_ns() - started) / 1e6:.0f}ms)"
-
-    if log.debugging:
-        log.debug(f"Target response: {data.decode('utf-8', 'replace')} {took()}")
-    try:
-        answer = load(data)
-    except (ValueError, RecursionError):
-        answer = None
-    if isinstance(answer, (dict, list)):
-        events = decoder.decode_body(answer)
-    else:
-        events = decoder.feed(data) + decoder.close()
-    for step in steps:
-        events = step(events)
-    witness(events)
-    response = Response(200, encoder.fold(events))
-    if log.debugging:
-        log.debug(f"Ollama response: {response.body.decode()} {took()}")
-    return response
-
-
-def find_model_as(context: Context, name: str, wording: str) -> ModelInfo:
-    """Context.find_model with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
+def resolve_as(context: Context, name: str, wording: str) -> ModelInfo:
+    """Catalogue.resolve with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
     try:
         return context.catalogue.resolve(name)
-    except BadRequest as error:
-        if error.status != 404:
-            raise
+    except BadRequest:
         raise BadRequest(wording.format(name=name), 404, code="model_not_found") from None
 
 
@@ -5215,46 +4842,27 @@ def embed(request: Request, scope: Scope) -> Response:
     context, client = scope.context, request.route.dialect
     target = DIALECTS[context.api()]
     if client is target:
-        return (relay_native if client is OLLAMA else relay_openai)(request, scope)
+        return RELAYS[client.name](request, scope)
     call = client.parse_embed(load_request(request.body), request.route.face == "legacy")
-    info = find_model_as(context, call.model, 'model "{name}" not found, try pulling it first')
+    info = resolve_as(context, call.model, 'model "{name}" not found, try pulling it first')
     if not call.inputs:
         return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
     if call.keep_alive is None:
-        call = call._replace(keep_alive=setting_for(context.config, info.id, "keep_alive"))
-    wire = target.render_embed(call._replace(model=info.id), context.habits())
-    data = (send(scope, request, target, wire, info.id)).read()
-    vectors_apart: list = []
-    try:
-        floats_needed = call.base64 or _VECTOR_PER_TOKEN.search(data)
-        answer = load(data if floats_needed else set_aside(data, vectors_apart))
-    except (ValueError, RecursionError):
-        raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}") from None
+        call = call._replace(keep_alive=settings_for(context.config, info.id)[1].get("keep_alive"))
+    data = send(scope, request, target is OLLAMA, (info.id, "embed"),
+                lambda habits: target.render_embed(call._replace(model=info.id), habits)).read()
+    answer = load_or_none(data)
+    if answer is None:
+        raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}")
     if as_dict(answer).get("error"):
         raise stream_error(answer)
     vectors, usage = target.read_embeddings(answer, len(call.inputs))
-    took = time.monotonic_ns() - request.started
-    body = dump(client.render_embeddings(call, call.model, vectors, usage, took))
-    return Response(200, put_back(body, vectors_apart))
+    return json_response(client.render_embeddings(call, call.model, vectors, usage, time.monotonic_ns() - request.started))
 
 
-# A list of many numbers is the same text in both dialects: it need not become floats on its way.
-_MANY_NUMBERS = re.compile(rb"\[\s*-?[0-9][-+0-9.eE,\s]{30,}[0-9]\s*\]")
-_VECTOR_PER_TOKEN = re.compile(rb'"embedding"\s*:\s*\[\s*\[')      # llama-cpp-python; to be averaged
-_PUT_BACK = re.compile(rb'\{"numbers":([0-9]+)\}')
-
-
-def set_aside(data: bytes, kept: list) -> bytes:
-    """`data` with every long list of numbers moved to `kept` and a small mark in its place."""
-    def mark(found: Any) -> bytes:
-        kept.append(found[0])
-        return b'{"numbers":%d}' % (len(kept) - 1)
-    return _MANY_NUMBERS.sub(mark, data)
-
-
-def put_back(data: bytes, kept: list) -> bytes:
-    """`data` with its lists of numbers in their places."""
-    return _PUT_BACK.sub(lambda found: kept[int(found[1])], data) if kept else data
+def constant(value: Any) -> Callable:
+    """An operation that always answers the same JSON."""
+    return lambda request, scope: json_response(value)
 
 
 def hello(request: Request, scope: Scope) -> Response:
@@ -5262,59 +4870,24 @@ def hello(request: Request, scope: Scope) -> Response:
     return Response(200, b"Ollama is running", TEXT)
 
 
-def health(request: Request, scope: Scope) -> Response:
-    """GET /health: this process is up.  Whether the target is, `/api/tags` tells."""
-    return json_response({"status": "ok"})
-
-
 def version(request: Request, scope: Scope) -> Response:
     """GET /api/version from memory: some clients wait less than two seconds for it."""
     return json_response({"version": scope.context.config.ollama_version})
 
 
-def cloud_status(request: Request, scope: Scope) -> Response:
-    """GET /api/status: there is no Ollama cloud here."""
-    return json_response({"cloud": {"disabled": True, "source": "config"}})
-
-
-def account(request: Request, scope: Scope) -> Response:
-    """POST /api/me: nobody."""
-    return json_response({"email": "", "name": "", "plan": ""})
-
-
-def recommendations(request: Request, scope: Scope) -> Response:
-    """GET /api/experimental/model-recommendations: none."""
-    return json_response({"recommendations": []})
-
-
-def from_memory(context: Context, key: tuple, make: Callable) -> Response:
-    """An answer that depends on the catalogue alone, written once for each state of it."""
-    generation = context.catalogue.generation
-    known = context.memory.get(key)
-    if known is None or known[0] != generation:
-        if len(context.memory) > 4096:
-            context.memory.clear()
-        known = context.memory[key] = (generation, dump(make()))
-    return Response(200, known[1])
-
-
 def list_models(request: Request, scope: Scope) -> Response:
     """GET /api/tags."""
-    context = scope.context
-    if context.api() == "ollama":
+    if scope.context.api() == "ollama":
         return relay_native(request, scope)
-    models = context.catalogue.models()
-    return from_memory(context, ("tags",), lambda: {"models": [ollama_tag(info) for info in models]})
+    return json_response({"models": list(map(ollama_tag, scope.context.catalogue.models()))})
 
 
 def list_running(request: Request, scope: Scope) -> Response:
     """GET /api/ps: what the target reports as loaded; the whole list where it reports no state."""
-    context = scope.context
-    if context.api() == "ollama":
+    if scope.context.api() == "ollama":
         return relay_native(request, scope)
-    models = context.catalogue.models()
-    known = any(info.running is not None for info in models)
-    now = context.clock.wall()
+    models = scope.context.catalogue.models()
+    known, now = any(info.running is not None for info in models), scope.context.clock.wall()
     return json_response({"models": [ollama_running(info, now) for info in models if info.running or not known]})
 
 
@@ -5323,14 +4896,13 @@ def show_model(request: Request, scope: Scope) -> Response:
     context = scope.context
     if context.api() == "ollama":
         return relay_native(request, scope)
-    name = require_model(load_request(request.body))
+    name = require_model(typed(load_request(request.body), OLLAMA_FIELDS))
     if not name:
         raise BadRequest("model is required")
     context.catalogue.models()
-    info = find_model_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
-    base = info.alias or info.shown or info.id
-    return from_memory(context, ("show", info.id, base), lambda: ollama_show(
-        info, re.sub(":latest$", "", base), context.config.default_context))
+    info = resolve_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
+    base = re.sub(":latest$", "", info.alias or info.shown or info.id)
+    return json_response(ollama_show(info, base, context.config.default_context))
 
 
 def pull_model(request: Request, scope: Scope) -> Response:
@@ -5338,24 +4910,18 @@ def pull_model(request: Request, scope: Scope) -> Response:
     context = scope.context
     if context.api() == "ollama":
         return relay_native(request, scope)
-    body = load_request(request.body)
-    name = require_model(body)
-    if not name:
+    body = typed(load_request(request.body), OLLAMA_FIELDS)
+    if not require_model(body):
         raise BadRequest("invalid model name")
     try:
-        info = context.catalogue.resolve(name)
+        info = context.catalogue.resolve(require_model(body))
     except BadRequest:
         return unsupported(request, scope)
     if not info.raw:                    # taken on trust: nobody has seen it in a list
         return unsupported(request, scope)
-    if not field(body, "stream", bool, True):
+    if not body.get("stream", True):
         return json_response({"status": "success"})
-    digest = "sha256:" + digest_of(info.id)
-    steps: list = [{"status": "pulling manifest"}]
-    if info.size:
-        steps.append({"status": f"pulling {digest[7:19]}", "digest": digest, "total": info.size, "completed": info.size})
-    steps += [{"status": "verifying sha256 digest"}, {"status": "writing manifest"}, {"status": "success"}]
-    return Response(200, b"".join(map(ndjson_line, steps)), NDJSON)
+    return Response(200, ndjson_line({"status": "pulling manifest"}) + ndjson_line({"status": "success"}), NDJSON)
 
 
 _VERBS = {"create": "creating models", "copy": "copying models", "delete": "deleting models", "push": "pushing models",
@@ -5369,8 +4935,7 @@ def unsupported(request: Request, scope: Scope) -> Response:
     if context.api() == "ollama":
         return relay_native(request, scope)
     if context.fallback is not None:
-        return relay(scope, request, context.fallback, context.fallback.root + request.path,
-                           request.body, key=False)
+        return relay(scope, request, context.fallback, context.fallback.root + request.path, request.body, key=False)
     verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
     raise BadRequest(f"{_VERBS.get(verb, request.path)} is not supported by this proxy: the models live on "
                      f"{context.target.url} (--fallback URL sends such requests to a real Ollama)", 501)
@@ -5387,79 +4952,68 @@ def list_openai_models(request: Request, scope: Scope) -> Response:
 
 def show_openai_model(request: Request, scope: Scope) -> Response:
     """GET /v1/models/{id}, which several servers lack, out of the list."""
-    context = scope.context
-    api, name = context.api(), urllib.parse.unquote("/".join(request.arguments))
-    info = context.catalogue.resolve(name)
-    return json_response({**openai_entry(info, api), "id": name if api == "ollama" else info.alias or info.id})
+    api, name = scope.context.api(), urllib.parse.unquote("/".join(request.arguments))
+    info = scope.context.catalogue.resolve(name)
+    return json_response({**openai_entry(info, api), **({"id": name} if api == "ollama" else {})})
 
 
 def openai_entry(info: ModelInfo, api: str) -> dict:
     """A list entry in OpenAI's form: the target's own where it speaks OpenAI."""
-    if api == "openai" and info.raw:
-        return {**info.raw, "id": info.alias or info.id}
-    return openai_model(info if api == "ollama" else info._replace(shown=info.alias or info.id))
+    if api == "ollama":
+        return openai_model(info)
+    identifier = info.alias or info.id
+    return {**(info.raw or openai_model(info)), "id": identifier}
 
 
 # -- relays: same dialect on both sides
-
-
-def client_headers(request: Request) -> list:
-    """The headers of a client that may travel on."""
-    listed = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
-    return [(name, value) for name, value in request.headers.items()
-            if name not in HOP_BY_HOP and name not in PRIVATE_HEADERS and name not in listed and name != "user-agent"
-            and name != "content-encoding" and not name.startswith(("access-control-", "sec-", "cf-"))]
-
 
 _ANSWER_HEADERS_DROPPED = HOP_BY_HOP | {"content-length", "content-type", "content-encoding", "set-cookie", "date",
                                         "server", "vary", "alt-svc", "strict-transport-security"}
 
 
-def answer_headers(reply: Reply) -> list:
-    """The headers of an answer that may travel on."""
-    listed = {name.strip().lower() for name in reply.headers.get("connection", "").split(",")}
-    return [(name, value) for name, value in reply.headers.items()
-            if name not in _ANSWER_HEADERS_DROPPED and name not in listed and not name.startswith("access-control-")]
+def travelling(headers: dict, dropped: Iterable, prefixes: tuple) -> list:
+    """The headers that may travel on: neither hop-by-hop nor named by Connection (RFC 9110 section 7.6.1), nor ours."""
+    listed = {name.strip().lower() for name in headers.get("connection", "").split(",")}
+    return [(name, value) for name, value in headers.items()
+            if name not in dropped and name not in listed and not name.startswith(prefixes)]
 
 
 def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, key: bool = True,
-                heal: Optional[Callable] = None) -> Response:
+          heal: Optional[Callable] = None) -> Response:
     """One request passed on and its answer passed back, streams byte for byte.
 
     Without `key` the target is a stranger to our secrets.  `heal(error)` may give another body for one
     more try after a refusal.
     """
-    context = scope.context
-    headers = context.headers(request) if key else [("User-Agent", f"ollama-proxy/{__version__}"),
-                                                    ("Accept-Encoding", "identity")]
+    log = scope.context.log
+    headers = (scope.context.headers(request) if key else STRANGERS_HEADERS) + travelling(
+        request.headers, PRIVATE_HEADERS | HOP_BY_HOP, ("access-control-", "sec-", "cf-"))
     whole = path + (f"{'&' if '?' in path else '?'}{request.query}" if request.query else "")
     while True:
-        if context.log.debugging and isinstance(body, bytes):
-            context.log.debug(f"{request.method} {target.scheme}://{target.authority}{whole} - Request: "
-                              f"{body.decode('utf-8', 'replace')}")
-        reply = scope.open(target, request.method, whole, headers + client_headers(request), body)
+        if isinstance(body, bytes):
+            log.data(f"{request.method} {target.scheme}://{target.authority}{whole} - Request", body)
+        reply = scope.open(target, request.method, whole, headers, body)
+        answer = (reply.content_type, travelling(reply.headers, _ANSWER_HEADERS_DROPPED, ("access-control-",)))
         if reply.status < 400:
             break
         error = refusal(reply)
-        again = heal(error) if heal is not None and error.status in (400, 422) else None
-        if again is None:
-            context.log.debug(f"Target response: {error.status} {error.message}")
-            text = context.log.redact(error.raw.decode("latin-1")).encode("latin-1")
+        body = heal(error) if heal is not None and error.status in (400, 422) else None
+        if body is None:
+            log.debug(f"Target response: {error.status} {error.message}")
+            text = log.redact(error.raw.decode("latin-1")).encode("latin-1")
             if not text:                # an empty error body looks like success to several clients
-                return json_response(request_dialect(request).render_error(error), error.status, answer_headers(reply))
-            return Response(error.status, text, reply.content_type or TEXT, answer_headers(reply))
-        body = again
-    media_type = reply.content_type or "application/octet-stream"
-    length = reply.headers.get("content-length")
-    counted = int(length) if length is not None and "content-encoding" not in reply.headers else None
-    if request.method == "HEAD" or reply.done or (counted is not None and counted <= RELAY_WHOLE):
+                return json_response(request_dialect(request).render_error(error), error.status, answer[1])
+            return Response(error.status, text, answer[0] or TEXT, answer[1])
+    length = None if "content-encoding" in reply.headers else reply.length
+    if request.method == "HEAD":
+        return Response(reply.status, b"", *answer, lines=(), length=length)
+    answer = (answer[0] or "application/octet-stream", answer[1])
+    if length is not None and length <= RELAY_WHOLE:
         data = reply.read()
-        if context.log.debugging:
-            took = (time.monotonic_ns() - request.started) // 1_000_000
-            context.log.debug(f"Target response: {data.decode('utf-8', 'replace')} (took {took}ms)")
-        return Response(reply.status, data, media_type, answer_headers(reply))
-    return Response(reply.status, media_type=media_type, headers=answer_headers(reply), lines=begun([piece] for piece in tapped(reply.pieces(), context.log.tap)),
-                    length=counted)
+        log.data("Target response", data, request.started)
+        return Response(reply.status, data, *answer)
+    pieces = ([piece] for piece in tapped(reply.pieces(), log.tap))
+    return Response(reply.status, b"", *answer, lines=begun(pieces), length=length)
 
 
 def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
@@ -5471,47 +5025,40 @@ def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
 
 
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+_NAMING = ("model", "name", "source", "from")       # the keys under which requests name models
 
 
 def with_model(data: bytes, body: dict, model: str) -> bytes:
     """A JSON request with another model name; every other byte stays where that is possible."""
-    found = _MODEL_FIELD.findall(data)
-    if len(found) == 1 and json.loads(found[0]) == body.get("model"):
-        at = _MODEL_FIELD.search(data)
-        return data[:at.start(1)] + dump(model) + data[at.end(1):]
+    found = list(_MODEL_FIELD.finditer(data))
+    if len(found) == 1 and json.loads(found[0][1]) == body.get("model"):
+        return data[:found[0].start(1)] + dump(model) + data[found[0].end(1):]
     return dump({**body, "model": model})
 
 
-def unambiguous(data: bytes, body: dict) -> bytes:
-    """A request that names its model once: what another parser could read otherwise is written anew.
-
-    Only needed where models are hidden; elsewhere the bytes stay as they are.
-    """
-    others = [key for key in body if key not in _NAMING and key.lower() in _NAMING]
-    for key in others:
-        del body[key]
-    return dump(body) if others or (data.count(b'"model"') > 1 and len(_TOP_MODEL.findall(data)) > 1) else data
-
-
-_TOP_MODEL = re.compile(rb'"model"\s*:')
-_NAMING = ("model", "name", "source", "from")
+def load_relayed(context: Context, data: bytes) -> tuple[bytes, dict]:
+    """(bytes to pass on, the object in them).  Where models are hidden the body is written anew, each name in it once:
+    no other parser may read another one."""
+    body = load_request(data)
+    if context.api() == "ollama":
+        body = lower_keys(body)
+    elif context.catalogue.filtered:
+        body = {key: value for key, value in body.items() if key in _NAMING or key.lower() not in _NAMING}
+    return dump(body) if context.catalogue.filtered else data, body
 
 
 def relay_openai(request: Request, scope: Scope) -> Response:
     """/v1/* between an OpenAI client and a target that speaks it: only the model's name and the key change."""
-    context = scope.context
+    context, data, body = scope.context, request.body, None
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
-    data, body = request.body, None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if data and media_type == "multipart/form-data":
         if context.catalogue.filtered:
             found = re.search(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n', data)
             context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
     elif data and (request.method == "POST" or context.catalogue.filtered):
-        body = load_request(data)
-        if context.catalogue.filtered:
-            data = unambiguous(data, body)
+        data, body = load_relayed(context, data)
         name = body.get("model")
         if isinstance(name, str) and name:
             info = context.catalogue.resolve(name)
@@ -5523,145 +5070,74 @@ def relay_openai(request: Request, scope: Scope) -> Response:
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Leaves out what an editor added for itself, when the target names it (clients rule 43)."""
-        if body is None:
-            return None
-        found = False
-        for key in refused_keys(error, body):
-            if key in CLIENT_KEYS:
-                found = _drop(body, key) or found
-            elif key in CLIENT_MESSAGE_KEYS:
-                found = _MESSAGE_DROPS[key](body, key) or found
-        return dump(body) if found else None
+        named = refused_keys(error, body) if body is not None else []
+        found = [_drop(body, key) for key in named if key in CLIENT_KEYS]
+        found += [_messages_without(body, key) for key in named if key in CLIENT_MESSAGE_KEYS]
+        return dump(body) if any(found) else None
 
     return relay(scope, request, context.target, path, data, heal=heal)
 
 
 def relay_native(request: Request, scope: Scope) -> Response:
     """/api/* between an Ollama client and an Ollama: as it is, but for names, think and --set."""
-    context = scope.context
-    path = context.path(True, request.path)
+    context, data, injected = scope.context, request.body, {}
     if request.route.operation in (list_models, list_running) and context.catalogue.filtered:
         return filtered_native(context, request.path)
-    injected = False
-    data, body = request.body, None
-    if isinstance(data, bytes) and data and not request.route.face and context.catalogue.filtered:
-        named = load_request(data)
-        data = unambiguous(data, named)
+    if isinstance(data, bytes) and data and (request.route.face or context.catalogue.filtered):
+        data, body = load_relayed(context, data)
+        if request.route.face:
+            injected = defaults_for_native(context, request.route.face, body)
+            data = dump({**body, **injected}) if injected else data
         for key in _NAMING:
-            if isinstance(named.get(key), str) and context.catalogue.is_hidden(named[key]):
-                raise model_not_found(named[key])
-    if isinstance(data, bytes) and data and request.route.face:
-        body = load_request(data)
-        data, injected = native_body(context, request, body)
+            if isinstance(body.get(key), str) and context.catalogue.is_hidden(injected.get(key, body[key])):
+                raise model_not_found(body[key])
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
-        if injected and re.search(SYMPTOMS[0].pattern, error.message) and body.pop("think", None) is not None:
-            return dump(body)
-        return None
+        if "think" not in injected or not re.search(REMEDIES[0].pattern, error.message):
+            return None
+        return dump({**body, **{key: value for key, value in injected.items() if key != "think"}})
 
-    return relay(scope, request, context.target, path, data, heal=heal)
+    return relay(scope, request, context.target, context.path(True, request.path), data, heal=heal)
 
 
-def native_body(context: Context, request: Request, body: dict) -> tuple[bytes, bool]:
-    """A native request with names resolved and defaults filled in -> (body, whether think was injected);
-    untouched bytes when there is nothing to do.  Changes `body`, too."""
-    config = context.config
-    data = unambiguous(request.body, body) if context.catalogue.filtered else request.body
-    before = dict(body)
-    name = require_model(body)
+def defaults_for_native(context: Context, face: str, body: dict) -> dict:
+    """What a native request gets besides what the client said: the model's real name, --set, think."""
+    name, injected = require_model(typed(body, OLLAMA_FIELDS)), {}
     try:
-        info = context.catalogue.resolve(name) if name else None
+        model = context.catalogue.resolve(name).id if name else ""
     except BadRequest:
         if context.catalogue.filtered:
             raise
-        info = None                     # let the Ollama say so itself
-    if info is not None and info.id != name and f"{name}:latest" != info.id:
-        body["model"] = info.id
-    injected = False
-    if request.route.face in ("chat", "generate"):
-        model = info.id if info is not None else name
-        for values in settings_for(config, model, name):
-            options = {key: value for key, value in values.items()
-                       if key not in ("think", "keep_alive", "format", "open_think")}
-            if options:
-                body["options"] = {**options, **as_dict(body.get("options"))}
-            for key in ("think", "keep_alive", "format"):
-                if key in values and body.get(key) is None:
-                    body[key] = values[key]
-                    injected = injected or key == "think"
-        if body.get("think") is None and thinks_always(config, model):
-            body["think"], injected = True, True
-    return (data if body == before else dump(body)), injected
+        model = name                    # let the Ollama say so itself
+    if model not in (name, f"{name}:latest"):
+        injected["model"] = model
+    if face in ("chat", "generate"):
+        options, rest = settings_for(context.config, model, name)
+        if any(key not in as_dict(body.get("options")) for key in options):
+            injected["options"] = {**options, **as_dict(body.get("options"))}
+        rest.setdefault("think", True if thinks_always(context.config, model) else None)
+        injected.update((key, rest[key]) for key in ("think", "keep_alive", "format")
+                        if body.get(key) is None and rest.get(key) is not None)
+    return injected
 
 
 def filtered_native(context: Context, path: str) -> Response:
-    """A native list without the hidden models and with the aliases; it blocks."""
+    """A native list without the hidden models and with the aliases."""
     status, _, payload = context.fetch(True, path, None)
     if status >= 400 or not isinstance(as_dict(payload).get("models"), list):
         raise UpstreamError(f"{context.target.url} gave no model list (HTTP {status})")
     entries = [entry for entry in payload["models"] if isinstance(entry, dict)]
     kept = [entry for entry in entries if not context.catalogue.is_hidden(as_text(entry.get("name")))]
     for alias, model in context.config.alias:
-        for entry in entries:
-            if entry.get("name") in (model, f"{model}:latest"):
-                shown = context.catalogue.shown_name(alias, "")
-                kept.append({**entry, "name": shown, "model": shown, "digest": digest_of(alias)})
+        shown = context.catalogue.shown_name(alias)
+        kept += [{**entry, "name": shown, "model": shown, "digest": digest_of(alias)}
+                 for entry in entries if entry.get("name") in (model, f"{model}:latest")]
     return json_response({**payload, "models": kept})
 
 
-def fetch_image(url: str, config: Config) -> Image:
-    """Downloads a picture for --fetch-images.  Raises BadRequest.
-
-    Loopback, private and link-local addresses are refused, before and after the connection is made.
-    """
-    if not config.fetch_images:
-        raise BadRequest("image URLs are not fetched by this proxy: send the picture as base64 data, or start it "
-                         "with --fetch-images")
-    deadline = time.monotonic() + 15.0
-    for _ in range(4):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-            if not port or not parts.hostname:
-                raise BadRequest("an image URL must begin with http:// or https://")
-            for address in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM):
-                refuse_private(address[4][0])
-            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            connection = kind(parts.hostname, port, timeout=10.0)
-            try:
-                connection.connect()
-                refuse_private(connection.sock.getpeername()[0])
-                connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-                                   headers={"Accept": "image/*", "User-Agent": f"ollama-proxy/{__version__}"})
-                answer = connection.getresponse()
-                if answer.status in (301, 302, 303, 307, 308) and answer.getheader("Location"):
-                    url = urllib.parse.urljoin(url, answer.getheader("Location"))
-                    continue
-                if answer.status != 200:
-                    raise BadRequest(f"the image URL answered HTTP {answer.status}")
-                data = bytearray()
-                while len(data) <= 20 * 1024 * 1024 and time.monotonic() < deadline:
-                    piece = answer.read1(65536)
-                    if not piece:
-                        text = base64.b64encode(bytes(data)).decode("ascii")
-                        return Image(text, sniff_media_type(text))
-                    data += piece
-                raise BadRequest("the image URL sends too much, or too slowly")
-            finally:
-                connection.close()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise BadRequest(f"the image URL cannot be fetched: {reason_of(error)}") from None
-    raise BadRequest("the image URL redirects too often")
-
-
-def refuse_private(address: str) -> None:
-    """Raises BadRequest unless `address` is one of the public internet."""
-    if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-        raise BadRequest("image URLs on private addresses are not fetched")
-
-
 DIALECTS = {"ollama": OLLAMA, "openai": OPENAI}
+RELAYS = {"ollama": relay_native, "openai": relay_openai}
 
 # ----------------------------------------------------------------------------
 # Room 13.  Routes: the dispatch table
@@ -5680,11 +5156,11 @@ class Route(NamedTuple):
 
 ROUTES = {
     ("GET", "/"): Route(hello),
-    ("GET", "/health"): Route(health, OPENAI),
+    ("GET", "/health"): Route(constant({"status": "ok"}), OPENAI),      # of this process; /api/tags tells of the target
     ("GET", "/api/version"): Route(version),
-    ("GET", "/api/status"): Route(cloud_status),
-    ("GET", "/api/experimental/model-recommendations"): Route(recommendations),
-    ("POST", "/api/me"): Route(account),
+    ("GET", "/api/status"): Route(constant({"cloud": {"disabled": True, "source": "config"}})),
+    ("GET", "/api/experimental/model-recommendations"): Route(constant({"recommendations": []})),
+    ("POST", "/api/me"): Route(constant({"email": "", "name": "", "plan": ""})),
     ("GET", "/api/tags"): Route(list_models),
     ("GET", "/api/ps"): Route(list_running),
     ("POST", "/api/show"): Route(show_model, OLLAMA, "show"),
@@ -5783,50 +5259,54 @@ class AnthropicErrors:
 # ----------------------------------------------------------------------------
 # Room 14.  HTTP server: sockets to Request, Response to sockets
 #
-# The server accepts and counts; every connection is one task of the loop (room 9).  Heads are
-# parsed here, strictly (RFC 9112): http.server's own parser forgives what smuggles requests.
+# ThreadingHTTPServer gives every connection a thread.  Heads are parsed here, strictly (RFC 9112):
+# http.server's own parser forgives what smuggles requests.
 # ----------------------------------------------------------------------------
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]{1,16384}) HTTP/1\.([01])")
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-_FIELD = re.compile(rb"([^:]+):[\t ]*([^\r]*?)[\t ]*\r\n")
-_ONCE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type", b"origin",
-                   b"expect"))
+_FIELD = re.compile(r"([^:]+):[\t ]*([^\r]*?)[\t ]*\r\n")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "origin", "expect"))
 
 
-def parse_request_head(head: bytes) -> Request:
-    """The bytes up to the empty line -> Request.  Raises BadRequest, after which the connection is closed.
+def parse_request_line(line: bytes) -> tuple[str, str, int]:
+    """(method, target, minor version).  Raises BadRequest, after which the connection is closed."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match:
+        return match[1].decode("ascii"), match[2].decode("ascii"), int(match[3])
+    if len(line) > 16384:
+        raise BadRequest("request line too long", 414, close=True)
+    if re.search(rb" HTTP/[2-9]", line):
+        raise BadRequest("this version of HTTP is not spoken here", 505, close=True)
+    raise BadRequest("malformed request line", close=True)
+
+
+def parse_request_head(head: bytes, names_us: Callable) -> Request:
+    """The bytes before the empty line -> Request; `names_us(authority)` judges a target that is a whole address.
+    Raises BadRequest, after which the connection is closed.
 
     Refused: anything but `METHOD target HTTP/1.x`, bare CR, LF or NUL, white space before a colon, folded
     lines, repeated framing headers, Content-Length beside Transfer-Encoding, any coding but chunked.
     """
-    line, _, rest = head.partition(b"\r\n")
-    match_line = _REQUEST_LINE.fullmatch(line)
-    if not match_line:
-        if len(line) > 16384:
-            raise BadRequest("request line too long", 414, close=True)
-        if re.search(rb" HTTP/[2-9]", line):
-            raise BadRequest("this version of HTTP is not spoken here", 505, close=True)
-        raise BadRequest("malformed request line", close=True)
+    line, _, rest = (head + b"\r\n").partition(b"\r\n")
+    method, target, version = parse_request_line(line)
     if not _FIELDS.fullmatch(rest):
         raise BadRequest("malformed header", close=True)
-    pairs = _FIELD.findall(rest)
+    pairs = _FIELD.findall(rest.decode("latin-1"))
     if len(pairs) > MAX_HEADERS:
         raise BadRequest(f"more than {MAX_HEADERS} headers", 431, close=True)
     headers: dict = {}
     for name, value in pairs:
-        key = name.lower()
-        text = key.decode("ascii")
-        if text in headers:
-            if key in _ONCE:
-                raise BadRequest(f"repeated {text} header", close=True)
-            headers[text] += ", " + value.decode("latin-1")
-        else:
-            headers[text] = value.decode("latin-1")
-    target = match_line[2].decode("ascii")
-    if target[0] != "/" and not (target == "*" and match_line[1] == b"OPTIONS"):
+        name = name.lower()
+        if name in headers and name in _ONCE:
+            raise BadRequest(f"repeated {name} header", close=True)
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    absolute = re.match("(?i)https?://([^/?#]*)", target)   # RFC 9112 section 3.2.2
+    if absolute and names_us(absolute[1]):
+        target = target[absolute.end():] or "/"
+    if target[0] != "/" and not (target == "*" and method == "OPTIONS"):
         raise BadRequest("the request target must be a path: this is no forward proxy", close=True)
-    request = Request(match_line[1].decode("ascii"), target, int(match_line[3]), headers)
+    request = Request(method, target, version, headers)
     _frame_body(request)
     plain = request.path
     for _ in range(3):                  # escaped escapes are undone somewhere behind us
@@ -5841,18 +5321,15 @@ def _frame_body(request: Request) -> None:
     """Reads how the body is framed, and whether the connection may be kept, into `request`."""
     headers = request.headers
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None:
-        if length is not None or request.version == 0:
-            raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0", close=True)
-        if coding.lower() != "chunked":
-            raise BadRequest("transfer coding not implemented", 501, close=True)
-        request.chunked = True
-    elif length is not None:
-        if not re.fullmatch("[0-9]{1,15}", length):
-            raise BadRequest("malformed Content-Length", close=True)
-        request.length = int(length)
+    if coding is not None and (length is not None or request.version == 0):
+        raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0", close=True)
+    if coding is not None and coding.lower() != "chunked":
+        raise BadRequest("transfer coding not implemented", 501, close=True)
+    if length is not None and not re.fullmatch("[0-9]{1,15}", length):
+        raise BadRequest("malformed Content-Length", close=True)
     if request.version == 1 and "host" not in headers:
         raise BadRequest("missing Host header", close=True)
+    request.chunked, request.length = coding is not None, int(length or 0)
     connection = {token.strip().lower() for token in headers.get("connection", "").split(",")}
     request.keep = "keep-alive" in connection if request.version == 0 else "close" not in connection
 
@@ -5878,6 +5355,9 @@ def origin_allowed(origin: str, host: str, origins: tuple) -> Optional[bool]:
     return False
 
 
+_PRIVATE_NETWORKS = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")))
+
+
 def host_allowed(host: str, own_names: frozenset) -> bool:
     """Whether a Host header may reach a loopback listener: protects from DNS rebinding (ollama-api 1.6)."""
     name = host.strip().lower()
@@ -5891,8 +5371,9 @@ def host_allowed(host: str, own_names: frozenset) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         return False
-    # is_private alone would admit 169.254.0.0/16 and other special ranges.
-    return address.is_loopback or address.is_unspecified or (address.is_private and not address.is_link_local)
+    # is_private alone would admit link-local, documentation and other special ranges.
+    return address.is_loopback or address.is_unspecified \
+        or any(address.version == net.version and address in net for net in _PRIVATE_NETWORKS)
 
 
 _ALLOW_HEADERS = ("Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Api-Key,"
@@ -5913,55 +5394,50 @@ def preflight_headers(request: Request) -> list:
     return headers
 
 
-class Intake:
-    """What a client sends: read up to an absolute `deadline`, whatever drips in meanwhile."""
+class ClientWire(Wire):
+    """What a client sends."""
 
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self.deadline = 0.0
-        self.buffer = b""               # has come, was not asked for yet
+    rate = BODY_BYTES_PER_SECOND
 
-    def receive(self) -> bool:
-        """More bytes into `buffer`; False when the client sends no more.
+    def late(self) -> ProxyError:
+        return BadRequest("the client took too long to send its request", 408, close=True)
 
-        Raises BadRequest 408 when the time is over, ClientGone when the connection breaks.
-        """
-        try:
-            self._sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-            data = self._sock.recv(1 << 16)
-        except socket.timeout:
-            raise BadRequest("the client took too long to send its request", 408, close=True) from None
-        except OSError:
-            raise ClientGone("client closed the connection") from None
-        self.buffer = self.buffer + data if self.buffer else data
-        return bool(data)
+    def broken(self, error: Optional[Exception] = None) -> ProxyError:
+        return ClientGone("client closed the connection")
 
-    def take(self, most: int) -> bytes:
-        """Some bytes, `most` at most; none when the client sends no more.  Raises as receive()."""
-        if not self.buffer:
-            self.receive()
-        data, self.buffer = self.buffer[:most], self.buffer[most:]
-        return data
+    ended = broken
+
+    def malformed(self, text: str) -> ProxyError:
+        return BadRequest(text, close=True)
+
+    def too_large(self) -> ProxyError:
+        return BadRequest("request head too large", 431, close=True)
 
     def head(self) -> Optional[bytes]:
-        """One request head without its empty line; None when the client left.  Raises as receive(), and BadRequest."""
-        while True:
-            data = self.buffer
-            begun = data.lstrip(b"\r\n") if data[:2] == b"\r\n" else data   # RFC 9112 section 2.2: empty lines before a request
-            if len(data) - len(begun) > 16:
-                raise BadRequest("malformed request line", close=True)
-            end = begun.find(b"\r\n\r\n")
-            if max(end, 0 if end >= 0 else len(begun)) > MAX_HEAD_BYTES:
-                raise BadRequest("request head too large", 431, close=True)
-            if end >= 0:
-                self.buffer = begun[end + 4:]
-                return begun[:end + 2]
-            if re.search(rb"(?<!\r)\n", begun):
-                raise BadRequest("bare line feed in the request head", close=True)
-            if begun[:1] == b"\x16":
-                raise BadRequest("this is plain HTTP, not TLS", close=True)
-            if not self.receive():
-                return None
+        """The next request head; a few empty lines before it are no matter (RFC 9112 section 2.2)."""
+        self.buffer = re.sub(rb"^(?:\r\n){1,8}", b"", self.buffer)
+        return super().head()
+
+    def look_at(self, beginning: bytes) -> None:
+        """Refuses at once what never becomes a head that is understood."""
+        if beginning[:1] == b"\x16":
+            raise BadRequest("this is plain HTTP, not TLS", close=True)
+        if re.search(rb"(?<!\r)\n", beginning):
+            raise BadRequest("bare line feed in the request head", close=True)
+        line, end, _ = beginning.partition(b"\r\n")
+        if end and line:
+            parse_request_line(line)
+
+    def send(self, data: bytes) -> None:
+        """All of it, as fast as the client takes it: sendall() would count its time-out for the whole.
+        Raises ClientGone."""
+        view = memoryview(data)
+        self.allow(self.patience)
+        try:
+            while view:
+                view = view[self.sock.send(view):]
+        except OSError:
+            raise ClientGone("client closed the connection, or does not read") from None
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
@@ -6016,11 +5492,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if too_many:
             body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
             request.setblocking(False)
-            try:
+            with contextlib.suppress(OSError):
                 request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                              b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-            except OSError:
-                pass
             self.shutdown_request(request)
         else:
             super().process_request(request, client_address)
@@ -6030,7 +5504,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with self.changed:
             self.connections -= 1
         shut(request)
-        close_quietly(request)
+        with contextlib.suppress(OSError):
+            request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news; a bug of ours is."""
@@ -6093,85 +5568,79 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
-        """TLS where it is wanted.  Plain sockets instead of files: reads have deadlines, an answer is one write."""
+        """TLS where it is wanted.  A Wire instead of files: reads have deadlines, an answer is one write."""
         self.connection, self.context = self.request, self.server.context
-        self.patience = self.context.config.client_timeout
-        self.connection.settimeout(self.patience)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls is not None:
+            self.connection.settimeout(self.context.config.client_timeout)
             self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
-        self.intake = Intake(self.connection)
+        self.wire = ClientWire(self.connection, self.context.config.client_timeout)
 
     def finish(self) -> None:
         """Closes the TLS socket, which has taken the plain one over."""
         if self.connection is not self.request:
             shut(self.connection)
-            close_quietly(self.connection)
+            self.connection.close()
 
     def handle_one_request(self) -> None:
         """One request from its first byte to its access line."""
-        self.close_connection, self._cors, self._sent, self._unread = True, [], 0, True
-        request: Optional[Request] = None
+        self.close_connection, self.asked, self._cors, self._sent, self._why = True, None, [], 0, ""
         with self.server.waiting(self.connection) as may_come:
-            self.intake.deadline = time.monotonic() + self.patience
             try:
-                if not may_come or not (self.intake.buffer or self.intake.receive()):
-                    return
+                self.wire.buffer = self.wire.buffer or (self.wire.receive() if may_come else b"")
             except ProxyError:          # gone, or silent for too long: nobody asked anything
                 return
-        self.intake.deadline = time.monotonic() + self.patience
-        with self.server.counted():
+        if not self.wire.buffer:
+            return
+        with self.server.counted(), contextlib.closing(Scope(self.context, self.connection)) as scope:
             try:
-                if not self.parse_request():
-                    return
-                request = self.ask
-                with contextlib.closing(Scope(self.context, self.connection)) as scope:
-                    self._answer(request, scope)
+                self.send(self.respond(scope))
             except ClientGone as gone:
-                self._log(request, gone.status)
-            except BadRequest as error:     # a head that cannot be trusted
-                request = Request("BAD", "/", 1, {})
-                self._unread, request.keep = True, False
-                self._send(request, self._error_response(None, error))
-            except OSError:
-                self._log(request, ClientGone.status)
-            if self.close_connection and self._unread:
+                self._log(gone.status)
+            except Exception as error:  # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
+                complain(error)
+                self._log(200)
+                return
+            if self.close_connection and not self.wire.whole:
                 self._linger()
 
-    def _answer(self, request: Request, scope: Scope) -> None:
+    def respond(self, scope: Scope) -> Response:
+        """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
         try:
-            response = self._respond(request, scope)
+            self.wire.whole = False     # of a head that cannot be trusted no one knows how it goes on
+            if not self.parse_request():
+                raise ClientGone("client closed the connection")
+            request, context = self.asked, self.context
+            self._check_origin(request)
+            if request.method == "OPTIONS":
+                return Response(204, headers=preflight_headers(request))
+            self._authorize(request)
+            context.client_key(request)     # with --forward-auth lists are asked with it, too
+            request.route = match(request, context)
+            request.body = self._body(request)
+            if context.log.debugging:
+                context.log.debug(f"{request.method} {request.path}" + (f" - Body: {request.text}" if request.body else ""))
+            return request.route.operation(request, scope)
         except ClientGone:
             raise
         except ProxyError as error:
-            error = error if request.path.startswith("/v1") else blame_our_key(self.context, error, request)
-            response = self._error_response(request, error)
+            return self._error_response(error)
         except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
             complain(error)
-            response = self._error_response(request, ProxyError("internal error"))
-        try:
-            self._send(request, response)
-        except (ClientGone, OSError):
-            raise
-        except Exception as error:      # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
-            complain(error)
-            self._log(request, response.status)
+            return self._error_response(ProxyError("internal error"))
 
-    def _respond(self, request: Request, scope: Scope) -> Response:
-        """framing was checked -> Host and Origin -> preflight -> key -> route -> body -> operation."""
-        self._check_origin(request)
-        if request.method == "OPTIONS":
-            return Response(204, headers=preflight_headers(request))
-        self._authorize(request)
-        request.route = match(request, self.context)
-        if request.route.streams and (self.context.fallback is not None or self.context.api() == "ollama"):
-            request.body = self._body_pieces(request, None)
-        elif self._unread:
-            request.body = self._whole_body(request)
-        log = self.context.log
-        if log.debugging:
-            log.debug(f"{request.method} {request.path}" + (f" - Body: {request.text}" if request.body else ""))
-        return request.route.operation(request, scope)
+    def parse_request(self) -> bool:
+        """Reads a head, strictly; `asked` is the Request.  False when the client left.  Raises BadRequest."""
+        head = self.wire.head()
+        if head is not None:
+            self.asked = parse_request_head(head, self._names_us)
+            self.wire.whole = not (self.asked.length or self.asked.chunked)
+        return head is not None
+
+    def _names_us(self, authority: str) -> bool:
+        """Whether an address is that of this server."""
+        port = authority.rpartition(":")[2]
+        return port == str(self.server.server_port) and host_allowed(authority, self.server.own_names)
 
     # -- who may talk
 
@@ -6196,146 +5665,104 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         offered = [given.strip() if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
-        wanted = key.encode("utf-8")
-        if not any([hmac.compare_digest(text.encode("latin-1", "replace"), wanted) for text in offered]):
+        if not any([hmac.compare_digest(text.encode("latin-1"), key.encode("utf-8")) for text in offered]):
             raise Unauthorized("missing or wrong key: send it as Authorization: Bearer KEY or x-api-key",
                                headers=[("WWW-Authenticate", "Bearer")])
 
     # -- reading
 
-    def parse_request(self) -> bool:
-        """Reads a head, strictly; self.ask is the Request.  False when the client left.  Raises BadRequest."""
-        head = self.intake.head()
-        if head is None:
-            return False
-        self.ask = parse_request_head(head)
-        self._unread = bool(self.ask.length or self.ask.chunked)
-        return True
-
-    def _body_pieces(self, request: Request, limit: Optional[int]) -> Iterator[bytes]:
-        """The body as it comes, framing off.  Raises BadRequest 400, 408 or 413, or ClientGone."""
-        left, decoder = request.length or 0, ChunkedDecoder(limit or 1 << 62) if request.chunked else None
-        if limit is not None and left > limit:
+    def _body(self, request: Request) -> Any:
+        """The body, unpacked; pieces as they come for routes that stream it.  Raises BadRequest or ClientGone."""
+        limit, wire = self.context.config.max_body, self.wire
+        streams = request.route.streams and (self.context.fallback is not None or self.context.api() == "ollama")
+        if request.length > limit and not streams:
             raise too_large(limit)
-        if request.version == 1 and request.headers.get("expect", "").lower() == "100-continue" and not self.intake.buffer:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        started, received = time.monotonic(), 0
-        while left or decoder is not None and not decoder.done:
-            self.intake.deadline = started + self.patience + received / BODY_BYTES_PER_SECOND
-            data = self.intake.take(left if decoder is None else 1 << 16)
-            if not data:
-                raise ClientGone("client left while sending its request")
-            received += len(data)
-            if decoder is None:
-                left -= len(data)
-            else:
-                try:
-                    data = decoder.feed(data)
-                except BodyTooLarge:
-                    raise too_large(limit or 0) from None
-                except ValueError as error:
-                    raise BadRequest(f"malformed chunked body: {error}", close=True) from None
-            if data:
-                yield data
-        if decoder is not None:
-            self.intake.buffer = decoder.rest + self.intake.buffer
-        self._unread = False
-
-    def _whole_body(self, request: Request) -> bytes:
-        limit = self.context.config.max_body
-        body = b"".join(self._body_pieces(request, limit))
-        return unpack_body(body, request.headers.get("content-encoding", "").strip().lower(), limit)
+        if not wire.whole and request.version == 1 and not wire.buffer \
+                and request.headers.get("expect", "").lower() == "100-continue":
+            wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces = wire.body(request.length, request.chunked)
+        if streams:
+            return pieces
+        found, size = [], 0
+        for piece in pieces:
+            found.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise too_large(limit)
+        return unpack_body(b"".join(found), request.headers.get("content-encoding", "").strip().lower(), limit)
 
     # -- writing
 
-    def _error_response(self, request: Optional[Request], error: ProxyError) -> Response:
+    def _error_response(self, error: ProxyError) -> Response:
         """An error in the dialect of the path.  On /api its text is the reason phrase, too, the only
         place some clients look (clients rule 4)."""
-        error.message = self.context.log.redact(error.message)
+        request = self.asked = self.asked or Request("BAD", "/", 1, {})
+        if error.close:
+            request.keep, self.wire.whole = False, False
+        if not request.path.startswith("/v1"):
+            error = blame_our_key(self.context, error, request)
+        error.message = self._why = self.context.log.redact(error.message)
         dialect = request_dialect(request)
-        try:
-            response = json_response(dialect.render_error(error), error.status, error.headers)
-        except ProxyError:
-            response = json_response({"error": "internal error"}, 500)
-        if error.status == 403 and isinstance(error, BadRequest) and not isinstance(error, Unauthorized):
-            response.body, response.media_type = b"", ""        # as Ollama answers (ollama-api 1.5)
-        if request is not None and error.close:
-            request.keep = False
+        response = json_response(dialect.render_error(error), error.status, error.headers)
+        if error.status == 403 and isinstance(error, BadRequest):
+            response = Response(403, media_type="")         # as Ollama answers (ollama-api 1.5)
         if dialect is OLLAMA:
             response.reason = one_line(error.message.encode("ascii", "replace").decode("ascii"), 200)
         return response
 
-    def _head(self, request: Request, response: Response, keep: bool) -> bytes:
+    def _head(self, response: Response, keep: bool, chunked: bool) -> bytes:
         """Status line and headers; the body is counted, or chunked, or ends with the connection."""
         reason = response.reason or http.client.responses.get(response.status, "Unknown")
         lines = [f"HTTP/1.1 {response.status} {reason}"]
         lines += [f"{name}: {value}" for name, value in self._cors + list(response.headers)]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type}")
-        if (response.lines is None or response.length is not None) and response.status != 204:
-            lines.append(f"Content-Length: {len(response.body) if response.lines is None else response.length}")
-        elif response.lines is not None and request.version == 1:
+        if response.length is not None and response.status != 204:
+            lines.append(f"Content-Length: {response.length}")
+        elif chunked:
             lines.append("Transfer-Encoding: chunked")
-        if not keep or request.version == 0:
+        if not keep or self.asked.version == 0:
             lines.append("Connection: keep-alive" if keep else "Connection: close")
         lines.append(f"Date: {http_date(int(time.time()))}\r\n\r\n")
         return "\r\n".join(lines).encode("latin-1", "replace")
 
-    def _send(self, request: Request, response: Response) -> None:
-        """Writes the answer: head and first bytes in one send, then whatever has come, at once."""
-        keep = request.keep and not self._unread and not self.server.draining
-        if response.lines is None:
-            body = b"" if request.method == "HEAD" or response.status == 204 else response.body
-            self._sent = len(body)
-            self._write(self._head(request, response, keep) + body)
-            self.close_connection = not keep
-            self._log(request, response.status)
-            return
-        chunked = response.length is None and request.version == 1
-        keep = keep and (chunked or response.length is not None)
-        out, failure = self._head(request, response, keep), None
+    def send(self, response: Response) -> None:
+        """Writes the answer: head and first bytes in one send, then whatever has come, at once.  Raises ClientGone."""
+        request, failure = self.asked, None
+        chunked = response.length is None and request.version == 1 and request.method != "HEAD"
+        keep = request.keep and self.wire.whole and not self.server.draining and (chunked or response.length is not None)
+        out = self._head(response, keep, chunked)
         try:
-            for lines in response.lines:
+            for lines in response.lines if request.method != "HEAD" and response.status != 204 else ():
                 self._sent += sum(map(len, lines))
-                self._write(out + b"".join(map(http_chunk, lines) if chunked else lines))
+                self.wire.send(out + b"".join(map(http_chunk, lines) if chunked else lines))
                 out = b""
         except Told as error:           # the client knows
             failure = error
         except UpstreamError as error:  # it must not take the end for the end
             failure, keep, chunked = error, False, False
-        self._write(out + (LAST_CHUNK if chunked else b""))
+        if out or chunked:
+            self.wire.send(out + (LAST_CHUNK if chunked else b""))
         self.close_connection = not keep
-        self._log(request, response.status, failure)
-
-    def _write(self, data: bytes) -> None:
-        """All of it, as fast as the client takes it.  sendall() would count its time-out for the whole."""
-        view = memoryview(data)
-        self.connection.settimeout(self.patience)
-        try:
-            while view:
-                view = view[self.connection.send(view):]
-        except OSError:
-            raise ClientGone("client closed the connection, or does not read") from None
-
-    def _log(self, request: Optional[Request], status: int, failure: Optional[Exception] = None) -> None:
-        if request is None:
-            return
-        log = self.context.log
         if failure is not None:
-            log.say(f"stream of {request.method} {request.path} broke: {failure}")
-        log.access(self.client_address[0], f"{request.method} {request.target} HTTP/1.{request.version}", status, self._sent,
-                   (time.monotonic_ns() - request.started) / 1e6)
+            self.context.log.say(f"stream of {request.method} {request.path} broke: {failure}")
+        self._log(response.status)
+
+    def _log(self, status: int) -> None:
+        request = self.asked
+        if request is not None:
+            self.context.log.access(self.client_address[0],
+                                    f"{request.method} {request.target.partition('?')[0]} HTTP/1.{request.version}",
+                                    status, self._sent, (time.monotonic_ns() - request.started) / 1e6, self._why)
 
     def _linger(self) -> None:
         """Reads and drops what the client still sends: closing at once would reset the connection, and
         the client would never see why."""
-        self.intake.deadline = time.monotonic() + LINGER
-        try:
+        deadline = time.monotonic() + LINGER
+        with contextlib.suppress(OSError, ProxyError):
             socket.socket.shutdown(self.connection, socket.SHUT_WR)
-            while self.intake.take(1 << 16):
+            while self.wire.receive(deadline):
                 pass
-        except (OSError, ProxyError):
-            pass
 
 
 @functools.lru_cache(maxsize=4)
@@ -6383,25 +5810,25 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """GET /v1/models; everything else is not there."""
-        if self.path == "/v1/models":
-            self._answer({"object": "list", "data": [
-                {"id": name, "object": "model", "created": 1700000000, "owned_by": "demo", "context_length": 8192,
-                 "type": kind} for name, kind in (("demo-chat", "llm"), ("demo-embed", "embeddings"))]})
-        else:
-            self._answer({"error": {"message": f"no {self.path} here", "type": "not_found_error"}}, 404)
+        kinds = (("demo-chat", "llm"), ("demo-embed", "embeddings"))
+        entries = [{"id": name, "object": "model", "created": 1700000000, "owned_by": "demo", "context_length": 8192,
+                    "type": kind} for name, kind in kinds]
+        found = self.path == "/v1/models"
+        self._answer({"object": "list", "data": entries} if found else {"error": {"message": f"no {self.path} here"}},
+                     200 if found else 404)
 
     def do_POST(self) -> None:
         """Chat, completions, embeddings."""
         body = load(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if body.get("model") not in ("demo-chat", "demo-embed"):
-            self._answer({"error": {"message": f"model {body.get('model')!r} does not exist", "code": "model_not_found"}}, 404)
+            self._answer({"error": {"message": f"model {body.get('model')!r} does not exist"}}, 404)
         elif self.path == "/v1/embeddings":
             call = parse_openai_embed(body)
             self._answer(render_openai_embeddings(call, call.model, [self._vector(text) for text in call.inputs],
                                                   Usage(sum(len(text.split()) for text in call.inputs)), 0))
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
             call = parse_openai_chat(body, "chat" if "chat" in self.path else "completion")
-            events, encoder = self._events(call), OpenAIEncoder(call, Clock, 0, 0, ("reasoning_content",))
+            events, encoder = self._events(call), OpenAIEncoder(call, Clock, 0, 0)
             if call.stream:
                 self._stream(events, encoder)
             else:
@@ -6492,7 +5919,6 @@ def banner(server: ProxyServer) -> None:
         context.log.say("warning: --insecure: the target's certificate is not checked")
     if config.no_log:
         return
-    names: Any = None
     try:
         names = [info.shown for info in context.catalogue.models(False)]
         speaks = {"ollama": "an Ollama", "openai": "OpenAI API"}[context.api()]
@@ -6507,49 +5933,48 @@ def banner(server: ProxyServer) -> None:
     if config.demo:
         lines.append(f"  try it        curl {url}/api/chat -d "
                      "'{\"model\": \"demo-chat\", \"messages\": [{\"role\": \"user\", \"content\": \"hello\"}]}'")
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        pass
 
 
 def check(config: Config) -> int:
-    """--check: asks the target everything we need, one plain line per finding; 0 when chats will work."""
-    context = Context(config)
+    """--check: asks the target through a real proxy on a free port, one plain line per finding; 0 when chats will work."""
     target = config.destination
     print(f"target     {target.url}" + (" with a key" if target.key else " without a key"))
+    server = ProxyServer(Context(config._replace(no_log=True, debug=False, client_key="")), ("127.0.0.1", 0))
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+
+    def ask(method: str, path: str, body: Optional[dict] = None) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request(method, path, dump(body) if body else None)
+        answer = connection.getresponse()
+        data = answer.read()
+        if answer.status >= 400:
+            raise UpstreamError(error_text(data, answer.status))
+        return data
+
+    failed = 0
     try:
-        names = [info.id for info in context.catalogue.models()]
-        print(f"speaks     {'Ollama' if context.api() == 'ollama' else 'OpenAI'} API")
+        models = load(ask("GET", "/api/tags"))["models"]
+        names = [entry["name"] for entry in models]
+        print(f"speaks     {'Ollama' if server.context.api() == 'ollama' else 'OpenAI'} API")
         print(f"models     {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+        first = next((entry for entry in models if "completion" in entry.get("capabilities", ["completion"])), None)
+        if first is None:
+            raise UpstreamError("no model for chats")
+        print(f"first      {first['name']}: context {as_dict(first.get('details')).get('context_length') or 'not told'}, "
+              f"{', '.join(first.get('capabilities', ()))}")
     except ProxyError as error:
         print(f"FAILED     {error.message}")
         return 1
-    chats = [info for info in context.catalogue.models() if "completion" in info.capabilities]
-    if not chats:
-        print("FAILED     no model for chats")
-        return 1
-    print(f"first      {chats[0].id}: context {chats[0].context or 'not told'}, "
-          f"{', '.join(chats[0].capabilities)}")
-    call = ChatCall(chats[0].id, messages=(Message("user", "Say OK."),), options={"max_tokens": 16})
-    dialect, failed = DIALECTS[context.api()], 0
-    for stream in (False, True):
-        label = "stream" if stream else "chat"
+    call = {"model": first["name"], "messages": [{"role": "user", "content": "Say OK."}], "options": {"num_predict": 16}}
+    for label, stream in (("chat", False), ("stream", True)):
         try:
-            wire = dialect.render_chat(call._replace(stream=stream), context.habits())
-            body = dict(wire.body)
-            context.healer.apply((target.url, wire.path, call.model), target.preset, body)
-            with contextlib.closing(Scope(context)) as scope:
-                reply = scope.open(target, "POST", context.path(dialect is OLLAMA, wire.path),
-                                   context.headers() + [("Content-Type", JSON)], dump(body))
-                if reply.status >= 300:
-                    raise refusal(reply)
-                decoder = dialect.Decoder(call)
-                events = decoder.feed(reply.read()) + decoder.close()
-            if isinstance(events[-1], Failure):
-                raise events[-1].error
-            print(f"{label:<10} works ({sum(isinstance(event, TextDelta) for event in events)} pieces of text)")
+            events = OllamaDecoder(ChatCall("")).feed(ask("POST", "/api/chat", {**call, "stream": stream}) + b"\n")
+            gather(events)
+            pieces = sum(isinstance(event, (TextDelta, ThinkingDelta)) for event in events)
+            print(f"{label:<10} works ({pieces} pieces of text)")
         except ProxyError as error:
             failed = 1
             print(f"{label:<10} FAILED: {error.message}")
@@ -6585,16 +6010,15 @@ def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> i
         pass
     if stop.insisted.is_set():
         pass_on(workers)
+    server.context.log.close()
     return 0
 
 
 def pass_on(workers: Iterable) -> None:
     """SIGTERM for other processes."""
     for pid in workers:
-        try:
+        with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGTERM)
-        except OSError:
-            pass
 
 
 def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
@@ -6615,17 +6039,14 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
         children.append(pid)
     status = serve(server, workers=children)
     for pid in children:
-        try:
+        with contextlib.suppress(OSError):
             os.waitpid(pid, 0)
-        except OSError:
-            pass
     os.close(writer)
     return status
 
 
 def main(argv: Optional[list] = None) -> int:
-    """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly.
-    """
+    """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly."""
     threading.stack_size(1024 * 1024)   # address space only: JSON of 200 levels needs a tenth of it
     try:
         config = Config.from_args(argv)
@@ -6653,4 +6074,7 @@ def main(argv: Optional[list] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    os._exit(exit_status)               # daemon threads that still write would abort an interpreter that finalises

