@@ -1758,8 +1758,8 @@ def tie_results(messages: tuple) -> tuple:
     """A valid history from any history: every call has an id of its own and exactly one result right behind it,
     every result a call (clients rule 5).
 
-    Results are tied by id, else by an id that stands where the name belongs, else by name, else by order.  A call
-    nobody answered in time gets an empty result; a result whose call was cut off, or that comes late, gets its call back.
+    Results are tied by id, else by an id that stands where the name belongs, else by name, else by order.  A call nobody
+    answered in time gets an empty result; a result whose call was cut off, or that comes late, gets its call back.
     """
     if not any(message.tool_calls or message.role == "tool" for message in messages):
         return messages
@@ -2138,7 +2138,7 @@ class OpenAIDecoder:
         thinking = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
         details = [piece for piece in as_list(delta.get("reasoning_details")) if isinstance(piece, dict)]
         if details:
-            thinking = thinking or "".join(as_text(piece.get("text")) or as_text(piece.get("summary")) for piece in details)
+            thinking = thinking or "".join(as_text(piece.get("text") or piece.get("summary")) for piece in details)
             merge_details(self._details, details)
         content = delta.get("content")
         if content is None:
@@ -2187,8 +2187,9 @@ def read_logprobs(value: Any, alternatives: Optional[int]) -> Optional[list]:
     if not isinstance(items, list):     # the older shape of /completions: parallel lists
         tops = [[{"token": token, "logprob": logprob} for token, logprob in as_dict(top).items()]
                 for top in as_list(value.get("top_logprobs"))]
-        items = [{"token": token, "logprob": logprob, "top_logprobs": top} for token, logprob, top in itertools.zip_longest(
-            as_list(value.get("tokens")), as_list(value.get("token_logprobs")), tops) if logprob is not None]
+        lists = itertools.zip_longest(as_list(value.get("tokens")), as_list(value.get("token_logprobs")), tops)
+        items = [{"token": token, "logprob": logprob, "top_logprobs": top} for token, logprob, top in lists
+                 if logprob is not None]
     found = []
     for item in filter(None, map(as_dict, items)):
         tops = [as_dict(top) for top in as_list(item.get("top_logprobs"))[:alternatives]]
@@ -2233,7 +2234,8 @@ def error_sentence(value: Any) -> str:
         return "; ".join(filter(None, map(_problem, value)))
     if not isinstance(value, dict):
         return as_text(value)
-    text = next(filter(None, (error_sentence(value.get(key)) for key in ("error", "message", "detail", "msg", "error_type"))), "")
+    told = (error_sentence(value.get(key)) for key in ("error", "message", "detail", "msg", "error_type"))
+    text = next(filter(None, told), "")
     raw = as_dict(value.get("metadata")).get("raw")     # OpenRouter: what the provider said
     if isinstance(raw, str) and raw and raw not in text:
         raw = error_sentence(load_or_none(raw.encode("utf-8", "replace"))) or raw
@@ -2707,7 +2709,7 @@ class Shortcut:
             whole = self._translation.plain and piece.endswith(end)
             made, events = self._translation.read(piece)
             lines += made
-            if whole and self._lessons and len(events) == 1 and type(events[0]) is TextDelta and self._translation.plain:
+            if whole and self._lessons and [type(event) for event in events] == [TextDelta] and self._translation.plain:
                 self._learn(piece, events[0].text)
         return lines
 
@@ -2726,7 +2728,7 @@ class Shortcut:
                 return
 
     def _cut(self, data: bytes, at: int) -> tuple[list, int]:
-        """(texts of the frames from `at` on that fit, as the client gets them; where the first that does not begins)."""
+        """(texts of the frames from `at` on that fit, as the client gets them; where the first other one begins)."""
         texts: list = []
         for frame in data[at:].split(self._tail)[:-1]:
             text = frame[len(self.head):]
@@ -3004,11 +3006,12 @@ def comma_list(text: str) -> tuple:
 
 SETTINGS = (
     Setting("--target --lmstudio-url --base-url", "URL|PRESET", DEFAULT_TARGET,
-            "whom we call; a URL without a path gets /v1, or the name of a preset: " + ", ".join(PRESETS)),
+            "whom we call; a URL without a path gets /v1, or the name of a preset: " + ", ".join(PRESETS),
+            env="OLLAMA_BASE_URL"),
     Setting("--target-api", "auto|openai|ollama", "auto",
             "what the target speaks; auto asks it", _one_of("auto", "openai", "ollama")),
     Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
-            "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434"),
+            "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434", parse_listen),
     Setting("--host", "HOST", "", "the host part of --listen alone"),
     Setting("--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
     Setting("--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
@@ -3100,12 +3103,9 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + 
         values, sources = {}, {}
         for row in SETTINGS:
             values[row.field], sources[row.field] = _value_of(row, given.get(row.field), environ)
-        if sources["target"] == "default" and environ.get("OLLAMA_BASE_URL", "").strip():
-            values["target"], sources["target"] = environ["OLLAMA_BASE_URL"], "OLLAMA_BASE_URL"
-            if values["target_api"] == "auto":
-                values["target_api"] = "ollama"
         target = pick_target(values, sources, environ)
-        if values["target_api"] == "auto" and target.preset.api == "ollama":
+        if values["target_api"] == "auto" and (
+                target.preset.api == "ollama" or sources["target"] == "OLLAMA_BASE_URL"):
             values["target_api"] = "ollama"
         values["fallback"] = values["fallback"] and (
             DEFAULT_FALLBACK if values["fallback"].lower() in ("1", "true", "on", "yes") else values["fallback"])
@@ -3122,7 +3122,7 @@ def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
     if texts is None:
         source = next((name for name in row.variables if environ.get(name, "").strip()), "default")
         if source == "default":
-            return row.default, source
+            return row.parse(row.default) if isinstance(row.default, str) else row.default, source
         texts = environ[source].strip().strip("'\"")
         if row.repeat:
             texts = [part for part in texts.split(row.repeat) if part.strip()]
@@ -3150,10 +3150,7 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
 
 
 def _pick_address(values: dict, sources: dict, target: Target) -> tuple[str, int]:
-    try:
-        host, port = parse_listen(values["listen"])
-    except ValueError as error:
-        raise UsageError(f"--listen {one_line(values['listen'], 80)}: {error}") from None
+    host, port = values["listen"]
     if sources["listen"] == "default" and target.port == OLLAMA_PORT and not values["demo"] \
             and (values["target_api"] == "ollama" or is_loopback(target.host)):
         port = OPENAI_FACE_PORT
@@ -3365,10 +3362,15 @@ class Scope:
             self._sock = None
         reply, self._reply = self._reply, None
         if reply is not None:
-            reply.close()
+            reply.close(0.0 if self._gone.is_set() else 0.5)
 
-    def close(self) -> None:
-        """The request is over."""
+    def __enter__(self) -> "Scope":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """The request is over; after an exception nobody waits for the rest of an answer."""
+        if kind is not None:
+            self._gone.set()
         if self.client is not None:
             self.context.watcher.remove(self)
         self.release()
@@ -3391,7 +3393,7 @@ KERNEL_TIME_OUTS = os.name == "posix" and struct.calcsize("l") == 8     # the ke
 
 
 class Wire:
-    """The incoming side of a socket, read up to a deadline, cut into heads and bodies: the same for clients and targets.
+    """The incoming side of a socket, read up to a deadline, cut into heads and bodies: for clients and targets alike.
 
     A subclass says what to raise when the other side is `late`, breaks the connection (`broken`), ends it too early
     (`ended`) or sends what is no HTTP (`malformed`).
@@ -3461,7 +3463,8 @@ class Wire:
         began, received = time.monotonic(), 0
         self.whole = left == 0
         while not self.whole:
-            data, self.buffer = self.buffer or self.receive(self.rate and began + self.patience + received / self.rate), b""
+            deadline = self.rate and began + self.patience + received / self.rate
+            data, self.buffer = self.buffer or self.receive(deadline), b""
             received += len(data)
             if not data:
                 self.whole = decoder is None and left is None
@@ -3616,11 +3619,12 @@ class Reply:
                 break
         return b"".join(found)[:limit]
 
-    def close(self) -> None:
-        """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for a moment,
-        so that its connection lives on."""
-        wire, wire.patience, until = self._wire, 0.5, time.monotonic() + 0.5
-        if self._keep and not wire.whole:
+    def close(self, patience: float = 0.0) -> None:
+        """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for up to
+        `patience` seconds, so that its connection lives on."""
+        wire, until = self._wire, time.monotonic() + patience
+        if self._keep and patience and not wire.whole:
+            wire.patience = patience
             with contextlib.suppress(ProxyError):
                 for _ in self._body:
                     if time.monotonic() > until:
@@ -3683,7 +3687,8 @@ class Upstream:
               body: Any) -> Optional[OSError]:
         """Sends a request; returns what broke the sending."""
         plain_proxy = via is not None and target.scheme == "http"
-        lines = [f"{method} {f'http://{target.authority}' if plain_proxy else ''}{path} HTTP/1.1", f"Host: {target.authority}"]
+        address = f"http://{target.authority}{path}" if plain_proxy else path
+        lines = [f"{method} {address} HTTP/1.1", f"Host: {target.authority}"]
         lines += [f"{name}: {value}" for name, value in headers]
         if plain_proxy and via.login:
             lines.append(f"Proxy-Authorization: {via.login}")
@@ -3742,7 +3747,8 @@ class Upstream:
             if target.scheme == "https":
                 connection: Any = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls())
                 if via:
-                    connection.set_tunnel(target.host, target.port, {"Proxy-Authorization": via.login} if via.login else {})
+                    login = {"Proxy-Authorization": via.login} if via.login else {}
+                    connection.set_tunnel(target.host, target.port, login)
             else:
                 connection = http.client.HTTPConnection(host, port, timeout=timeout)
             connection.connect()
@@ -4300,10 +4306,10 @@ REMEDIES = (
     Remedy("reasoning_details", _messages_without),
     Remedy("strict", _tools_without_strict),
 )
-_VALUE_REFUSED = re.compile(r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)",
-                            re.I)
-_CONTEXT_OVERFLOW = re.compile(r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens"
-                               r"|n_ctx", re.I)
+_VALUE_REFUSED = re.compile(
+    r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)", re.I)
+_CONTEXT_OVERFLOW = re.compile(
+    r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 # Never dropped: an answer without them would be an answer to another question (rule 29).
 _ESSENTIAL = frozenset(("model", "messages", "stream", "tools", "prompt", "input", "images", "suffix"))
 _NESTED = {"enable_thinking": "chat_template_kwargs", "include_usage": "stream_options", "effort": "reasoning"}
@@ -4376,7 +4382,8 @@ class Healer:
                 return attempt._replace(habits=habits, tried=tried)
             if remedy.edit is not None and remedy.edit(body, remedy.key):
                 edit = ((remedy.edit, remedy.key),)
-                return Attempt(habits, attempt.edits + edit, attempt.lessons + (edit if lesson and lasting else ()), tried)
+                learned = edit if lesson and lasting else ()
+                return Attempt(habits, attempt.edits + edit, attempt.lessons + learned, tried)
         return None
 
     @staticmethod
@@ -4443,7 +4450,6 @@ class Request:
         self.body: Any = b""
         self.length, self.chunked, self.keep = 0, False, version == 1
         self.route: Any = None
-        self.arguments: tuple = ()
         self.started = time.monotonic_ns()
 
     @property
@@ -4621,7 +4627,7 @@ class Context:
 
     def fetch(self, native: bool, path: str, timeout: Optional[float]) -> tuple:
         """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError."""
-        with contextlib.closing(Scope(self)) as scope:
+        with Scope(self) as scope:
             headers = self.headers() + [("Accept", JSON)]
             reply = scope.open(self.target, "GET", self.path(native, path), headers, b"", timeout)
             return reply.status, reply.headers, load_or_none(reply.read(64 * 1024 * 1024))
@@ -4629,9 +4635,9 @@ class Context:
 
 # What goes to a server that our key is not meant for.
 STRANGERS_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
-_PLACEHOLDERS = frozenset(("", "undefined", "null", "none", "ollama", "dummy", "test", "key", "token", "api-key", "lm-studio",
-                           "not-needed", "no-key", "no-key-required", "sk-no-key-required", "api-key-not-set",
-                           "default-key", "okki", "changeme", "your-api-key"))
+_PLACEHOLDERS = frozenset((
+    "", "undefined", "null", "none", "ollama", "dummy", "test", "key", "token", "api-key", "lm-studio", "not-needed", "no-key",
+    "no-key-required", "sk-no-key-required", "api-key-not-set", "default-key", "okki", "changeme", "your-api-key"))
 
 
 def is_real_key(authorization: str) -> bool:
@@ -4761,8 +4767,9 @@ def converse(request: Request, scope: Scope) -> Response:
 
     try:
         reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
-    except UpstreamRefused as error:    # a target without a chat endpoint
-        if error.status != 404 or call.face != "generate" or call.prompt is not None or "model" in error.message.lower():
+    except UpstreamRefused as error:
+        no_chats = error.status == 404 and call.prompt is None and "model" not in error.message.lower()
+        if call.face != "generate" or not no_chats:
             raise
         wired = as_continuation(wired)
         reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
@@ -4770,7 +4777,8 @@ def converse(request: Request, scope: Scope) -> Response:
     decoder = target.Decoder(wired)
     opened = info.id in context.openers or bool(settings_for(config, info.id)[1].get("open_think"))
     steps = steps_for(config, call, decoder, opened)
-    translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact, context.log.tap)
+    translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact,
+                              context.log.tap)
     if call.stream:
         return Response(200, media_type=encoder.media_type, lines=begun(translation.lines(reply.pieces())))
     data = reply.read()
@@ -4857,7 +4865,8 @@ def embed(request: Request, scope: Scope) -> Response:
     if as_dict(answer).get("error"):
         raise stream_error(answer)
     vectors, usage = target.read_embeddings(answer, len(call.inputs))
-    return json_response(client.render_embeddings(call, call.model, vectors, usage, time.monotonic_ns() - request.started))
+    took = time.monotonic_ns() - request.started
+    return json_response(client.render_embeddings(call, call.model, vectors, usage, took))
 
 
 def constant(value: Any) -> Callable:
@@ -4947,12 +4956,13 @@ def list_openai_models(request: Request, scope: Scope) -> Response:
     api = context.api()
     if api == "openai" and not context.catalogue.filtered:
         return relay_openai(request, scope)
-    return json_response({"object": "list", "data": [openai_entry(info, api) for info in context.catalogue.models(False)]})
+    entries = [openai_entry(info, api) for info in context.catalogue.models(False)]
+    return json_response({"object": "list", "data": entries})
 
 
 def show_openai_model(request: Request, scope: Scope) -> Response:
     """GET /v1/models/{id}, which several servers lack, out of the list."""
-    api, name = scope.context.api(), urllib.parse.unquote("/".join(request.arguments))
+    api, name = scope.context.api(), urllib.parse.unquote(request.path[len("/v1/models/"):])
     info = scope.context.catalogue.resolve(name)
     return json_response({**openai_entry(info, api), **({"id": name} if api == "ollama" else {})})
 
@@ -5154,6 +5164,7 @@ class Route(NamedTuple):
     streams: bool = False
 
 
+# Everything else under /v1 is relayed.
 ROUTES = {
     ("GET", "/"): Route(hello),
     ("GET", "/health"): Route(constant({"status": "ok"}), OPENAI),      # of this process; /api/tags tells of the target
@@ -5174,24 +5185,18 @@ ROUTES = {
     ("POST", "/api/copy"): Route(unsupported),
     ("DELETE", "/api/delete"): Route(unsupported),
     ("POST", "/api/signout"): Route(unsupported),
+    ("POST", "/api/blobs/{digest}"): Route(unsupported, streams=True),
+    ("HEAD", "/api/blobs/{digest}"): Route(unsupported),
     ("GET", "/v1/models"): Route(list_openai_models, OPENAI),
+    ("GET", "/v1/models/{id}"): Route(show_openai_model, OPENAI),
     ("POST", "/v1/chat/completions"): Route(converse, OPENAI, "chat"),
     ("POST", "/v1/completions"): Route(converse, OPENAI, "completion"),
     ("POST", "/v1/embeddings"): Route(embed, OPENAI, "embed"),
 }
 
+_ARGUMENTS = {"/api/blobs/": "{digest}", "/v1/models/": "{id}"}        # paths that end in one
 # What is relayed.  TRACE would echo our own key to the client, CONNECT would make us an open proxy.
 RELAYED_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-# Paths that carry an argument; None is any relayed method.  The last row is everything else under /v1.
-PREFIXES = (
-    ("GET", "/v1/models/", Route(show_openai_model, OPENAI)),
-    ("POST", "/api/blobs/", Route(unsupported, OLLAMA, "", True)),
-    ("HEAD", "/api/blobs/", Route(unsupported)),
-    (None, "/v1/", Route(relay_openai, OPENAI)),
-)
-_METHODS_BY_PATH: dict = {}
-for _method, _path in ROUTES:
-    _METHODS_BY_PATH.setdefault(_path, []).append(_method)
 # What lives under /v1 and is called without it by some clients (Copilot Chat 0.37).
 _ROOT_ALIASES = frozenset(("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages"))
 _ODD_PREFIX = re.compile(r"^/v1(?=/api/)|^/api(?=/v1/(?!models$))|^/api/(?:chat|generate)(?=/api/)|^/v1(?=/v1/)")
@@ -5214,28 +5219,24 @@ def clean_path(path: str) -> str:
 
 def match(request: Request, context: Context) -> Route:
     """The row for a request.  Raises BadRequest 404, or 405 with Allow."""
-    method = "GET" if request.method == "HEAD" else request.method
-    route = ROUTES.get((method, request.path))
-    if route is not None:
-        return route
-    if request.path in _METHODS_BY_PATH:
-        allowed = list(_METHODS_BY_PATH[request.path])
-        if "GET" in allowed:
-            allowed.insert(0, "HEAD")
-        raise BadRequest("method not allowed", 405, [("Allow", ", ".join(allowed + ["OPTIONS"]))])
-    for wanted, prefix, row in PREFIXES:
-        if request.path.startswith(prefix) and len(request.path) > len(prefix):
-            if wanted is None and request.method not in RELAYED_METHODS:
-                raise BadRequest("method not allowed", 405, [("Allow", ", ".join(RELAYED_METHODS + ("OPTIONS",)))])
-            if wanted in (None, request.method) or (wanted == "GET" and request.method == "HEAD"):
-                request.arguments = tuple(request.path[len(prefix):].split("/"))
-                return row
-    if request.path.startswith("/api/blobs/"):
-        raise BadRequest("method not allowed", 405, [("Allow", "HEAD, POST, OPTIONS")])
-    if request.path.startswith("/api/") and request.method in RELAYED_METHODS \
-            and (context.fallback is not None or context.api() == "ollama"):
+    path, start = request.path, "/".join(request.path.split("/")[:3]) + "/"
+    pattern = start + _ARGUMENTS.get(start, "")
+    for key in (path, pattern):
+        route = ROUTES.get((request.method, key)) or (request.method == "HEAD" and ROUTES.get(("GET", key)))
+        if route:
+            return route
+    known, relayed = {method for method, key in ROUTES if key == path}, request.method in RELAYED_METHODS
+    if not known and path.startswith("/v1/"):
+        if relayed:
+            return Route(relay_openai, OPENAI)
+        known = set(RELAYED_METHODS)
+    known = known or {method for method, key in ROUTES if key == pattern}
+    if known:
+        allowed = sorted(known | ({"HEAD"} if "GET" in known else set()), reverse=True) + ["OPTIONS"]
+        raise BadRequest("method not allowed", 405, [("Allow", ", ".join(allowed))])
+    if path.startswith("/api/") and relayed and (context.fallback is not None or context.api() == "ollama"):
         return Route(unsupported)
-    raise BadRequest(f"{one_line(request.path, 100)} not found", 404)
+    raise BadRequest(f"{one_line(path, 100)} not found", 404)
 
 
 def request_dialect(request: Optional[Request]) -> Any:
@@ -5450,9 +5451,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __init__(self, context: Context, address: tuple[str, int], listener: Optional[socket.socket] = None) -> None:
         self.context = context
         self.draining = False
-        self.connections = self.calls = 0       # `calls` are requests being answered
-        self.idle: set = set()                  # kept connections without a request
-        self.changed = threading.Condition()    # guards these three
+        self.connections = 0
+        self.answering: dict = {}               # connection -> whether a request on it is being answered
+        self.changed = threading.Condition()    # guards these two
         host, port = address
         if ":" in host or (host == "" and socket.has_dualstack_ipv6()):
             self.address_family = socket.AF_INET6
@@ -5513,38 +5514,32 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not isinstance(error, (OSError, ClientGone)):
             complain(error)
 
+    @property
+    def calls(self) -> int:
+        """How many requests are being answered."""
+        return sum(self.answering.values())
+
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, connection: Any) -> Iterator[None]:
         """One request being answered."""
         with self.changed:
-            self.calls += 1
+            self.answering[connection] = True
         try:
             yield
         finally:
             with self.changed:
-                self.calls -= 1
+                self.answering[connection] = False
                 self.changed.notify_all()
 
-    @contextlib.contextmanager
-    def waiting(self, sock: Any) -> Iterator[bool]:
-        """A connection between two requests; not while the server drains."""
-        with self.changed:
-            self.idle.add(sock)
-            open_ = not self.draining
-        try:
-            yield open_
-        finally:
-            with self.changed:
-                self.idle.discard(sock)
-
     def drain(self, seconds: float) -> None:
-        """Stops accepting, ends idle connections, waits for calls in flight at most `seconds`."""
+        """Stops accepting and keeping connections, ends idle ones, waits for calls in flight at most `seconds`."""
+        self.draining = True
         self.shutdown()
         self.server_close()
         with self.changed:
-            self.draining = True
-            for sock in self.idle:
-                shut(sock)
+            for connection, busy in self.answering.items():
+                if not busy:
+                    shut(connection)
             self.changed.wait_for(lambda: not self.calls, seconds)
 
 
@@ -5575,9 +5570,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self.context.config.client_timeout)
             self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
         self.wire = ClientWire(self.connection, self.context.config.client_timeout)
+        with self.server.changed:
+            self.server.answering[self.connection] = False
 
     def finish(self) -> None:
         """Closes the TLS socket, which has taken the plain one over."""
+        with self.server.changed:
+            del self.server.answering[self.connection]
         if self.connection is not self.request:
             shut(self.connection)
             self.connection.close()
@@ -5585,16 +5584,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """One request from its first byte to its access line."""
         self.close_connection, self.asked, self._cors, self._sent, self._why = True, None, [], 0, ""
-        with self.server.waiting(self.connection) as may_come:
-            try:
-                self.wire.buffer = self.wire.buffer or (self.wire.receive() if may_come else b"")
-            except ProxyError:          # gone, or silent for too long: nobody asked anything
-                return
+        with contextlib.suppress(ProxyError):       # gone, or silent for too long: nobody asked anything
+            self.wire.buffer = self.wire.buffer or self.wire.receive()
         if not self.wire.buffer:
             return
-        with self.server.counted(), contextlib.closing(Scope(self.context, self.connection)) as scope:
+        with self.server.counted(self.connection):
             try:
-                self.send(self.respond(scope))
+                with Scope(self.context, self.connection) as scope:
+                    self.send(self.respond(scope))
             except ClientGone as gone:
                 self._log(gone.status)
             except Exception as error:  # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
@@ -5619,7 +5616,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request.route = match(request, context)
             request.body = self._body(request)
             if context.log.debugging:
-                context.log.debug(f"{request.method} {request.path}" + (f" - Body: {request.text}" if request.body else ""))
+                said = f" - Body: {request.text}" if request.body else ""
+                context.log.debug(f"{request.method} {request.path}{said}")
             return request.route.operation(request, scope)
         except ClientGone:
             raise
@@ -5730,7 +5728,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Writes the answer: head and first bytes in one send, then whatever has come, at once.  Raises ClientGone."""
         request, failure = self.asked, None
         chunked = response.length is None and request.version == 1 and request.method != "HEAD"
-        keep = request.keep and self.wire.whole and not self.server.draining and (chunked or response.length is not None)
+        counted = chunked or response.length is not None
+        keep = request.keep and self.wire.whole and not self.server.draining and counted
         out = self._head(response, keep, chunked)
         try:
             for lines in response.lines if request.method != "HEAD" and response.status != 204 else ():
@@ -5913,8 +5912,9 @@ def banner(server: ProxyServer) -> None:
     context = server.context
     config, url = context.config, client_url(server)
     if not server.loopback and not config.client_key:
-        context.log.say(f"warning: everybody who reaches {server.server_name or '0.0.0.0'}:{server.server_port} can use "
-                        "the target and its key; set --client-key or listen on 127.0.0.1")
+        where = f"{server.server_name or '0.0.0.0'}:{server.server_port}"
+        context.log.say(f"warning: everybody who reaches {where} can use the target and its key; "
+                        "set --client-key or listen on 127.0.0.1")
     if config.insecure:
         context.log.say("warning: --insecure: the target's certificate is not checked")
     if config.no_log:
@@ -5939,7 +5939,7 @@ def banner(server: ProxyServer) -> None:
 
 
 def check(config: Config) -> int:
-    """--check: asks the target through a real proxy on a free port, one plain line per finding; 0 when chats will work."""
+    """--check: asks the target through a real proxy on a free port, a plain line per finding; 0 when chats will work."""
     target = config.destination
     print(f"target     {target.url}" + (" with a key" if target.key else " without a key"))
     server = ProxyServer(Context(config._replace(no_log=True, debug=False, client_key="")), ("127.0.0.1", 0))
@@ -5963,12 +5963,13 @@ def check(config: Config) -> int:
         first = next((entry for entry in models if "completion" in entry.get("capabilities", ["completion"])), None)
         if first is None:
             raise UpstreamError("no model for chats")
-        print(f"first      {first['name']}: context {as_dict(first.get('details')).get('context_length') or 'not told'}, "
-              f"{', '.join(first.get('capabilities', ()))}")
+        context = as_dict(first.get("details")).get("context_length") or "not told"
+        print(f"first      {first['name']}: context {context}, {', '.join(first.get('capabilities', ()))}")
     except ProxyError as error:
         print(f"FAILED     {error.message}")
         return 1
-    call = {"model": first["name"], "messages": [{"role": "user", "content": "Say OK."}], "options": {"num_predict": 16}}
+    messages = [{"role": "user", "content": "Say OK."}]
+    call = {"model": first["name"], "messages": messages, "options": {"num_predict": 16}}
     for label, stream in (("chat", False), ("stream", True)):
         try:
             events = OllamaDecoder(ChatCall("")).feed(ask("POST", "/api/chat", {**call, "stream": stream}) + b"\n")
@@ -5981,34 +5982,25 @@ def check(config: Config) -> int:
     return failed
 
 
-class Stop:
-    """What SIGINT, SIGTERM and SIGHUP ask for: to end well, and the second time to end now."""
-
-    def __init__(self) -> None:
-        self.asked, self.insisted = threading.Event(), threading.Event()
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
-                signal.signal(getattr(signal, name), self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        (self.insisted if self.asked.is_set() else self.asked).set()
-
-
 def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> int:
-    """Runs until SIGINT or SIGTERM; then lets streams end for --grace seconds.  A second signal cuts them.
+    """Runs until SIGINT, SIGTERM or SIGHUP; then lets streams end for --grace seconds.  A second signal cuts them.
     Both are passed on to `workers`, process ids."""
-    stop = Stop()
+    asked, insisted = threading.Event(), threading.Event()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, lambda *_: (insisted if asked.is_set() else asked).set())
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     if not quiet:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
-    while not stop.asked.wait(0.5):         # without a time-out Windows does not notice Ctrl-C
+    while not asked.wait(0.5):              # without a time-out Windows does not notice Ctrl-C
         pass
     pass_on(workers)
     drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
     drain.start()
-    while drain.is_alive() and not stop.insisted.wait(0.1):
+    while drain.is_alive() and not insisted.wait(0.1):
         pass
-    if stop.insisted.is_set():
+    if insisted.is_set():
         pass_on(workers)
     server.context.log.close()
     return 0

@@ -4505,7 +4505,7 @@ def test_a_filter_line_may_have_any_form(start, target, pattern, argv, wanted):
 
 def test_nothing_is_left_behind_by_short_streams_and_short_visits(start, target):
     target.answers["/v1/chat/completions"] = http_stream(HELLO)
-    proxy = start("--target-api", "openai", "--max-connections", "8")
+    proxy = start("--target-api", "openai", "--max-connections", "24")
 
     def visits():
         for _ in range(30):
@@ -4527,9 +4527,9 @@ def test_nothing_is_left_behind_by_short_streams_and_short_visits(start, target)
         held[-1].sendall(http_request("GET", "/api/version"))
         if read_until(held[-1], b"\r\n\r\n").startswith(b"HTTP/1.1 503"):
             held.pop().close()
-        elif len(held) == 8:
+        elif len(held) == 24:
             break
-    assert len(held) == 8 and proxy.drains()
+    assert len(held) == 24 and proxy.drains()
     [sock.close() for sock in held]
 
 
@@ -4776,7 +4776,7 @@ def test_a_log_that_nobody_reads_stops_nothing():
             log._write(stream, "last")
             data += os.read(reader, 1 << 20)
     os.close(reader)
-    lost = int(re.search(rb"\((\d+) lines were lost", data)[1])
+    lost = sum(map(int, re.findall(rb"\((\d+) lines were lost", data)))
     assert 2000 < lost <= 3001 and data.startswith(b"0 x")
 
 
