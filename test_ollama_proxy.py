@@ -849,6 +849,12 @@ MORE_STREAMS = [
     ("F25b timings that are no numbers", "chat",
      sse(delta("ok"), {**STOP, "timings": {"prompt_n": "5", "cache_n": [], "prompt_ms": "1", "predicted_n": {}}}),
      lines("ok")),
+    ("F114 a word before the JSON of an event", "chat",
+     b'data: ping\ndata: {"choices":[{"delta":{"content":"ok"}}]}\n\n' + sse(STOP), lines("ok")),
+    ("F115 a field nobody knows", "chat", sse(delta("ok"), STOP, done=False) + b"foo: bar\n", lines("ok")),
+    ("F116 a whole answer without a finish", "chat", b'{"choices":[{"message":{"content":"ok"}}]}', lines("ok")),
+    ("F117 content in parts", "chat",
+     sse(delta([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), STOP), lines("Hello")),
     ("F113 the word null is no end", "chat", sse(delta("Hel"), "data: null\n\n", delta("lo"), STOP), lines("Hello")),
     ("F113b the word null is no finish", "chat", sse(delta("Hel"), "data: null\n\n", done=False),
      lines("Hel", error="upstream closed the stream before finishing")),
@@ -2090,11 +2096,11 @@ def test_root_version_and_the_small_ones(proxy):
         answer = proxy.call(method, "/")
         assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
         assert answer.data == (b"Ollama is running" if method == "GET" else b"") and answer.headers["Content-Length"] == "17"
-    version = json.loads(proxy.call("GET", "/api/version").data)
+    version = proxy.get("/api/version")
     assert set(version) == {"version"} and tuple(map(int, version["version"].split("."))) >= (0, 17, 6)
-    assert json.loads(proxy.call("GET", "/health").data)["status"] == "ok"
-    assert "disabled" in json.loads(proxy.call("GET", "/api/status").data)["cloud"]
-    assert json.loads(proxy.call("GET", "/api/experimental/model-recommendations").data) == {"recommendations": []}
+    assert proxy.get("/health")["status"] == "ok"
+    assert "disabled" in proxy.get("/api/status")["cloud"]
+    assert proxy.get("/api/experimental/model-recommendations") == {"recommendations": []}
     assert "id" not in json.loads(proxy.post("/api/me", {}).data)
     assert proxy.call("HEAD", "/api/tags").data == b"" and proxy.call("HEAD", "/api/version").status == 200
 
@@ -2158,7 +2164,7 @@ def test_show_has_the_shape_that_editors_need(proxy):
 
 
 def test_running_models_are_the_whole_list_where_the_target_reports_no_state(proxy):
-    models = json.loads(proxy.call("GET", "/api/ps").data)["models"]
+    models = proxy.get("/api/ps")["models"]
     assert len(models) == 4
     for model in models:
         assert {"name", "model", "size", "digest", "details", "expires_at", "size_vram"} <= set(model) and len(model["details"]) == 6
@@ -2311,7 +2317,7 @@ def test_fallback_gets_what_is_not_served_here_but_never_our_key(start, target):
                           "/api/new": http_answer({"new": 1}), "/api/pull": http_stream(b'{"status":"success"}\n', "application/x-ndjson")})
     proxy = start("--fallback", other.url, "--api-key", "sk-target-key")
     assert json.loads(proxy.post("/api/create", {"model": "x"}, {"Authorization": "Bearer client"}).data) == {"status": "success"}
-    assert json.loads(proxy.call("GET", "/api/new?x=1").data) == {"new": 1}
+    assert proxy.get("/api/new?x=1") == {"new": 1}
     assert proxy.post("/api/pull", {"model": "nope"}).data == b'{"status":"success"}\n'
     with proxy.dial() as sock:          # the CLI uploads without a length
         sock.sendall(http_request("POST", "/api/blobs/sha256:x", b"", "Transfer-Encoding: chunked") + chunk(b"abc") + chunk(b"def") + b"0\r\n\r\n")
@@ -2327,7 +2333,7 @@ def test_wrong_method_is_405_with_allow_and_unknown_paths_are_404_in_json(proxy)
     answer = proxy.post("/api/tags", {})
     assert answer.status == 405 and answer.headers["Allow"].startswith("HEAD, GET")
     assert proxy.call("DELETE", "/api/version").status == 405
-    assert isinstance(json.loads(proxy.call("GET", "/api/nothing").data)["error"], str)
+    assert isinstance(proxy.get("/api/nothing")["error"], str)
     assert proxy.call("GET", "/nothing").status == 404
     error = json.loads(proxy.call("PUT", "/v1/models").data)["error"]
     assert error["type"] == "invalid_request_error"
@@ -2335,7 +2341,7 @@ def test_wrong_method_is_405_with_allow_and_unknown_paths_are_404_in_json(proxy)
 
 @cases("path", ["//api/tags", "/api//tags", "/api/tags/", "/api/tags?x=1", "/v1/api/tags", "/api/generate/api/tags"])
 def test_paths_are_read_as_they_were_meant(proxy, path):
-    assert "models" in json.loads(proxy.call("GET", path).data)
+    assert "models" in proxy.get(path)
 
 
 def test_root_aliases_of_v1(proxy, target):
@@ -2492,7 +2498,7 @@ def test_targets_without_a_list_are_trusted(start, target):
 
 
 def names_of(proxy):
-    return [model["name"] for model in json.loads(proxy.call("GET", "/api/tags").data)["models"]]
+    return [model["name"] for model in proxy.get("/api/tags")["models"]]
 
 
 def test_tag_and_vendor_settings(start, target):
@@ -2511,7 +2517,7 @@ def test_a_filter_hides_models_everywhere(start, target):
     target.answers["/v1/chat/completions"] = http_stream(HELLO)
     proxy = start()
     assert names_of(proxy) == ["m:latest", "vendor/big:free"]
-    assert [model["id"] for model in json.loads(proxy.call("GET", "/v1/models").data)["data"]] == ["m", "vendor/big:free"]
+    assert [model["id"] for model in proxy.get("/v1/models")["data"]] == ["m", "vendor/big:free"]
     for path, body in (("/api/chat", CHAT), ("/api/show", {}), ("/v1/chat/completions", CHAT), ("/api/embed", {"input": "x"})):
         assert proxy.post(path, {**body, "model": "qwen3:8b"}).status == 404
     assert proxy.call("GET", "/v1/models/qwen3:8b").status == 404 and proxy.call("GET", "/v1/models/m").status == 200
@@ -2526,9 +2532,9 @@ def test_aliases_are_listed_and_resolved(start, target):
     for name, wanted in (("gpt", "vendor/big:free"), ("gpt:latest", "vendor/big:free"), ("m", "m")):     # an exact id wins
         proxy.lines("/api/chat", {**CHAT, "model": name})
         assert target.calls("/v1/chat/completions")[-1].json["model"] == wanted
-    digests = [model["digest"] for model in json.loads(proxy.call("GET", "/api/tags").data)["models"]]
+    digests = [model["digest"] for model in proxy.get("/api/tags")["models"]]
     assert len(set(digests)) == len(digests)
-    assert "gpt" in [model["id"] for model in json.loads(proxy.call("GET", "/v1/models").data)["data"]]
+    assert "gpt" in [model["id"] for model in proxy.get("/v1/models")["data"]]
 
 
 # -- relay
@@ -2554,6 +2560,9 @@ def test_the_relay_changes_nothing_but_the_name(proxy, target):
     assert target.calls("/v1/chat/completions")[-1].data == body.replace(b"m:latest", b"m")
     proxy.post("/v1/chat/completions", body.replace(b"m:latest", b"m"))
     assert target.calls("/v1/chat/completions")[-1].data == body.replace(b"m:latest", b"m")
+    known = b'{ "metadata": {"model": "x"}, "temperature": 0.10, "model": "m", "messages": [] }'
+    proxy.post("/v1/chat/completions", known)
+    assert target.calls("/v1/chat/completions")[-1].data == known
     nested = b'{"metadata": {"model": "m:latest"}, "model": "m:latest", "messages": []}'
     proxy.post("/v1/chat/completions", nested)
     assert target.calls("/v1/chat/completions")[-1].json == {"metadata": {"model": "m:latest"}, "model": "m", "messages": []}
@@ -2597,9 +2606,9 @@ def test_what_editors_add_is_left_out_when_the_target_refuses_it(proxy, target):
 
 
 def test_v1_models_and_one_model(proxy, target):
-    assert json.loads(proxy.call("GET", "/v1/models").data) == LIST
-    assert json.loads(proxy.call("GET", "/v1/models/vendor/big:free").data)["id"] == "vendor/big:free"
-    assert json.loads(proxy.call("GET", "/v1/models/vendor%2Fbig:free").data)["id"] == "vendor/big:free"
+    assert proxy.get("/v1/models") == LIST
+    assert proxy.get("/v1/models/vendor/big:free")["id"] == "vendor/big:free"
+    assert proxy.get("/v1/models/vendor%2Fbig:free")["id"] == "vendor/big:free"
     assert proxy.call("GET", "/v1/models/nope").status == 404
 
 
@@ -2766,8 +2775,8 @@ def test_every_model_list_tells_what_it_knows(start, target, name, body, wanted)
     wanted = wanted if isinstance(wanted, list) else [wanted]
     target.answers["/v1/models"] = http_answer(json.loads(body))
     proxy = start("--tag", "none")
-    shown = {model["name"]: model for model in json.loads(proxy.call("GET", "/api/tags").data)["models"]}
-    running = {model["name"]: model for model in json.loads(proxy.call("GET", "/api/ps").data)["models"]}
+    shown = {model["name"]: model for model in proxy.get("/api/tags")["models"]}
+    running = {model["name"]: model for model in proxy.get("/api/ps")["models"]}
     infos = {info.id: info for info in read_models(json.loads(body))}
     assert set(shown) == {fact["name"] for fact in wanted}
     for fact in wanted:
@@ -3040,11 +3049,11 @@ def test_e2_think_is_taken_back_from_a_model_that_cannot(start, ollama_target, s
 
 def test_e3_health_and_e4_models(start, ollama_target):
     proxy = start()
-    assert json.loads(proxy.call("GET", "/health").data)["status"] == "ok"
-    models = json.loads(proxy.call("GET", "/v1/models").data)
+    assert proxy.get("/health")["status"] == "ok"
+    models = proxy.get("/v1/models")
     assert models["object"] == "list" and [model["id"] for model in models["data"]] == ["llama3:latest", "glm-5:cloud", "qwen3:8b"]
     assert all(model["object"] == "model" and isinstance(model["created"], int) for model in models["data"])
-    assert json.loads(proxy.call("GET", "/v1/models/llama3").data)["id"] == "llama3"
+    assert proxy.get("/v1/models/llama3")["id"] == "llama3"
     assert proxy.call("GET", "/v1/models/nope").status == 404
 
 
@@ -3146,7 +3155,7 @@ def test_api_is_relayed_untouched_to_an_ollama(start, ollama_target):
     odd = b'{ "model":"llama3",\n"messages" : [{"role":"user","content":"1.0"}], "x": 1.0 }'
     assert proxy.post("/api/chat", odd).data == NATIVE
     assert ollama_target.calls("/api/chat")[-1].data == odd
-    assert json.loads(proxy.call("GET", "/api/tags").data) == TAGS
+    assert proxy.get("/api/tags") == TAGS
     ollama_target.answers["/api/create"] = http_stream(b'{"status":"success"}\n', "application/x-ndjson")
     assert proxy.post("/api/create", {"model": "x"}).data == b'{"status":"success"}\n'
     ollama_target.answers["/api/delete"] = http_answer(b"", 200, "")
@@ -3158,7 +3167,7 @@ def test_api_is_relayed_untouched_to_an_ollama(start, ollama_target):
         assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 201")
     assert ollama_target.calls("/api/blobs/sha256:y")[0].data == b"abc" + b"d" * 100000
     ollama_target.answers["/api/brand-new"] = http_answer({"new": True})
-    assert json.loads(proxy.call("GET", "/api/brand-new").data) == {"new": True}
+    assert proxy.get("/api/brand-new") == {"new": True}
     assert proxy.post("/api/chat", {**ASK, "model": "not-here"}).data == NATIVE          # the Ollama is the judge
     proxy.post("/api/chat", {**ASK, "model": "llama3:proxy"})
     assert ollama_target.calls("/api/chat")[-1].json["model"] == "llama3:latest"
@@ -3439,7 +3448,7 @@ def test_a_client_key_is_asked_for_and_never_passed_on(start, target):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"Authorization": "Basic ck"}, {"Authorization": "Bearer \u00ff"}):
         answer = proxy.call("GET", "/api/tags", None, headers)
         assert answer.status == 401 and "key" in json.loads(answer.data)["error"]
-    assert json.loads(proxy.call("GET", "/v1/models").data)["error"]["type"] == "authentication_error"
+    assert proxy.get("/v1/models")["error"]["type"] == "authentication_error"
     plain = start("--client-key", "ck-secret-key", "--target-api", "openai")
     for headers in ({"Authorization": "Bearer ck-secret-key"}, {"X-Api-Key": "ck-secret-key"}):
         assert plain.post("/api/chat", CHAT, headers).status == plain.post("/v1/chat/completions", CHAT, headers).status == 200
@@ -3805,12 +3814,20 @@ def test_connections_to_the_target_are_kept(start, target):
 
 def test_a_slow_reader_slows_the_target_and_gets_everything(start, target):
     total = 16000                       # 64 MB: more than all socket buffers on the way will take
-    sent = []
+    sent, stuck = [], threading.Event()
 
     def blast(talk):
         talk.send(stream_head())
         for at in range(total):
-            talk.send(chunk(sse(delta(f"{at:05d}" + "x" * 4000), done=False)))
+            data = chunk(sse(delta(f"{at:05d}" + "x" * 4000), done=False))
+            talk.sock.settimeout(PATIENCE if stuck.is_set() else 0.2)
+            while data:
+                try:
+                    data = data[talk.sock.send(data):]
+                except socket.timeout:
+                    assert not stuck.is_set()
+                    stuck.set()
+                    talk.sock.settimeout(PATIENCE)
             sent.append(at)
         talk.send(chunk(sse(STOP)) + b"0\r\n\r\n")
 
@@ -3819,12 +3836,7 @@ def test_a_slow_reader_slows_the_target_and_gets_everything(start, target):
     with proxy.dial() as sock:
         sock.sendall(http_request("POST", "/api/chat", CHAT))
         pieces = [read_until(sock, b"00000")]
-        while True:                     # until the target stands still, because nobody reads
-            before = len(sent)
-            threading.Event().wait(0.2)
-            if len(sent) == before:
-                break
-        assert len(sent) < total
+        assert stuck.wait(PATIENCE) and len(sent) < total       # the target stands still, because nobody reads
         pieces.append(read_until(sock, b'"done":true'))
     assert [int(found) for found in re.findall(rb'"content":"(\d{5})x{4000}"', b"".join(pieces))] == list(range(total))
 
@@ -4175,7 +4187,47 @@ def ask(port, method, path, body=None):
     connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request(method, path, json.dumps(body) if body else None)
     answer = connection.getresponse()
-    return answer.status, answer.read()
+    status, data = answer.status, answer.read()
+    connection.close()
+    return status, data
+
+
+def ends_well(process):
+    """SIGTERM ends it with status 0 and without complaints; returns what else was on stderr."""
+    process.terminate()
+    errors = process.stderr.read()
+    assert process.wait(PATIENCE) == 0 and "Traceback" not in errors
+    return errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX tells whether a pipe takes more") if pytest else lambda f: f
+def test_a_log_that_nobody_reads_stops_nothing(target):
+    process = launch("--target", target.url, "--target-api", "openai")
+    for _ in range(300):                # a pipe holds 64 KiB
+        assert ask(process.port, "GET", "/nothing" + "x" * 300)[0] == 404
+    seen = threading.Event()
+
+    def read():
+        for line in iter(process.stdout.readline, ""):
+            if "/api/version" in line:
+                seen.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for _ in range(1000):               # once somebody reads, it goes on
+        assert ask(process.port, "GET", "/api/version")[0] == 200
+        if seen.is_set():
+            break
+    assert seen.wait(PATIENCE)
+    ends_well(process)
+
+
+def test_a_closed_stdout_does_not_kill_the_service(target):
+    process = launch("--target", target.url, "--target-api", "openai")
+    process.stdout.close()
+    for _ in range(3):
+        assert ask(process.port, "GET", "/api/version")[0] == 200
+    ends_well(process)
 
 
 def test_demo_shows_the_whole_path_from_source_given_with_c():
@@ -4281,9 +4333,7 @@ def test_workers_share_one_socket_and_end_together(target):
     process = launch("--target", target.url, "--workers", "2")
     for _ in range(20):
         assert ask(process.port, "POST", "/api/chat", CHAT)[0] == 200
-    process.terminate()
-    process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0
+    ends_well(process)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", process.port), timeout=1)
 
@@ -4291,9 +4341,7 @@ def test_workers_share_one_socket_and_end_together(target):
 @cases("argv, warned", [(["--listen", "0.0.0.0:0"], True), ([], False),
                         (["--listen", "0.0.0.0:0", "--client-key", "abcd"], False)])
 def test_a_warning_when_exposed_without_a_key(argv, warned):
-    process = launch("--target", "http://127.0.0.1:9", *argv)
-    process.terminate()
-    assert ("--client-key" in process.communicate(timeout=PATIENCE)[1]) is warned
+    assert ("--client-key" in ends_well(launch("--target", "http://127.0.0.1:9", *argv))) is warned
 
 
 # ----------------------------------------------------------------------------
@@ -4475,7 +4523,7 @@ def test_a_filter_has_no_back_doors(start, target):
         form = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--\r\n'.encode()
         assert proxy.post("/v1/audio/transcriptions", form, {"Content-Type": "multipart/form-data; boundary=b"}).status == status
     assert proxy.call("PUT", "/v1/responses", hidden).status == 404 and proxy.post("/v1/responses", {"model": ["qwen3:8b"]}).status == 400
-    assert [model["id"] for model in json.loads(proxy.call("GET", "/v1/%6dodels").data)["data"]] == ["m"]
+    assert [model["id"] for model in proxy.get("/v1/%6dodels")["data"]] == ["m"]
     proxy.post("/v1/chat/completions", b'{"model":"m","MODEL":"qwen3:8b","Model":"qwen3:8b","messages":[]}')
     proxy.post("/v1/chat/completions", b'{"model":"qwen3:8b","model":"m","messages":[]}')
     assert not any(b"qwen" in request.data for request in target.received)
@@ -4660,16 +4708,6 @@ def test_histories_with_odd_parts_are_accepted():
     valid_history(messages)
 
 
-@cases("data, wanted", [
-    (b'data: ping\ndata: {"choices":[{"delta":{"content":"ok"}}]}\n\n' + sse(STOP), lines("ok")),
-    (sse(delta("ok"), STOP, done=False) + b"foo: bar\n", lines("ok")),
-    (b'{"choices":[{"message":{"content":"ok"}}]}', lines("ok")),
-    (sse(delta([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), STOP), lines("Hello"))])
-def test_more_odd_streams(data, wanted):
-    for pieces in splits(data):
-        same_lines(normalised(translated(pieces)), wanted)
-
-
 def test_a_chat_asks_a_target_that_was_down_again_at_once(start, target, later):
     target.close()
     proxy = start("--target-api", "openai")
@@ -4681,15 +4719,20 @@ def test_a_chat_asks_a_target_that_was_down_again_at_once(start, target, later):
     again.close()
 
 
-def test_two_words_of_the_command_line_that_had_no_test(start, target):
-    assert start("--fallback").context.fallback.port == 11505
+def test_fallback_context_and_version_can_be_set(start, target):
+    assert config("--fallback").fallback == "http://127.0.0.1:11505" and not config().fallback
     proxy = start("--default-context", "5000", "--ollama-version", "9.9.9", "--target-api", "openai")
-    assert json.loads(proxy.call("GET", "/api/version").data) == {"version": "9.9.9"}
+    assert proxy.get("/api/version") == {"version": "9.9.9"}
     assert 5000 in json.loads(proxy.post("/api/show", {"model": "m"}).data)["model_info"].values()
-    target.answers["/v1/chat/completions"] = http_stream(HELLO)
-    proxy.lines("/api/chat", {**CHAT, "temperature": 0.5, "max_output_tokens": 7, "options": {"format": "json", "keep_alive": "5m"}})
-    sent = target.received[-1].json
-    assert sent["temperature"] == 0.5 and sent["max_tokens"] == 7 and sent["response_format"] == {"type": "json_object"}
+
+
+def test_options_in_odd_places_are_found():
+    body = rendered(temperature=0.5, max_output_tokens=7, options={"format": "json", "keep_alive": "5m"})
+    assert body["temperature"] == 0.5 and body["max_tokens"] == 7
+    assert body["response_format"] == {"type": "json_object"}
+
+
+def test_some_targets_have_words_of_their_own():
     wire = render_openai_chat(chat_call(keep_alive="5m"), proxy_module.PRESETS["lmstudio"].habits)
     assert wire.body["ttl"] == 300
     assert render_openai_chat(chat_call(), proxy_module.PRESETS["mlx"].habits, 1000).body["max_tokens"] > 900
@@ -4734,25 +4777,12 @@ def test_a_long_history_of_strays_is_repaired():
     valid_history(rendered(messages=turns)["messages"])
 
 
-def test_a_nested_model_field_leaves_the_relayed_bytes_alone(proxy, target):
-    body = b'{ "metadata": {"model": "x"}, "temperature": 0.10, "model": "m", "messages": [] }'
-    proxy.post("/v1/chat/completions", body)
-    assert target.calls("/v1/chat/completions")[-1].data == body
-
-
 @cases("line", [b"Content-Length:44", b"CONTENT-LENGTH: 44", b"Content-Length:  44", b"Content-Length:\t44", b"content-length: 44 "])
 def test_a_length_counts_however_it_is_written(start, target, line):
     proxy = start("--target-api", "openai")
     inner = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"[:44].ljust(44)
-    for _ in range(2):                  # the second time the head may be remembered
-        data = proxy.raw(b"POST /api/me HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + line + b"\r\n\r\n" + inner)
-        assert data.count(b"HTTP/1.1 ") == 1
-
-
-def test_an_empty_length_is_refused_also_after_a_good_one(start, target):
-    proxy = start("--target-api", "openai")
-    head = b"POST /api/me HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %b\r\n\r\n"
-    assert b" 200 " in proxy.raw(head % b"2" + b"{}") and b" 400 " in proxy.raw(head % b"")
+    data = proxy.raw(b"POST /api/me HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + line + b"\r\n\r\n" + inner)
+    assert data.count(b"HTTP/1.1 ") == 1
 
 
 def test_a_client_that_resets_after_a_refusal_is_counted_once(start, target):
@@ -4764,23 +4794,6 @@ def test_a_client_that_resets_after_a_refusal_is_counted_once(start, target):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert proxy.call("GET", "/health").status == 200
     assert proxy.drains() and sum("/nope" in line for line in proxy.logged) == 3
-
-
-@pytest.mark.skipif(os.name != "posix", reason="only POSIX tells whether a pipe takes more") if pytest else lambda f: f
-def test_a_log_that_nobody_reads_stops_nothing():
-    log = proxy_module.Log(Config.from_args([], {}))
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as stream:
-        for number in range(13000):      # a pipe holds 64 KiB, and the log 10,000 lines
-            log._write(stream, f"{number} " + "x" * 100)
-        log._write(stream, "y" * 30000)
-        data = os.read(reader, 1 << 20)
-        while not data.endswith(b"last\n"):
-            log._write(stream, "last")
-            data += os.read(reader, 1 << 20)
-    os.close(reader)
-    lost = sum(map(int, re.findall(rb"\((\d+) lines were lost", data)))
-    assert 2000 < lost <= 3001 and data.startswith(b"0 x")
 
 
 def test_hostile_requests_take_no_time_that_grows_with_their_square(start, target):
