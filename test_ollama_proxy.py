@@ -96,521 +96,6 @@ def shut(sock):
 # has it is told by the rule it belongs to in the section's tests.
 # ----------------------------------------------------------------------------
 
-PRINTED_STREAMS = [
-    ('F01', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"Hel"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"lo"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"Hello"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":9,"eval_count":2}]'''),
-    ('F03', 'chat',
-     b'\xef\xbb\xbfretry:1000\nid:1\nevent:message\ndata:{"choices":[{"index":0,"delta":{"content":"ok"},"finish_reason":null}]}\n\nid:2\ndata:{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata:[DONE]\n\n',
-     r'''[{"message":{"role":"assistant","content":"ok"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F04', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}
-data: {"choices":[{"index":0,"delta":{"content":"b"},"finish_reason":"stop"}]}
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ab"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F06', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"fine"},"finish_reason":null}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"fine"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F07', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"half an ans"},"finish_reason":null}]}
-
-''',
-     r'''[{"message":{"role":"assistant","content":"half an ans"},"done":false},{"error":"upstream closed the stream before finishing"}]'''),
-    ('F08', 'chat',
-     rb'''''',
-     r'''[{"error":"upstream sent an empty response"}]'''),
-    ('F09', 'chat',
-     rb'''{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"whole"},"finish_reason":"stop"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5}}''',
-     r'''[{"message":{"role":"assistant","content":"whole"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":4,"eval_count":1}]'''),
-    ('F14', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"once"},"finish_reason":null,"message":{"role":"assistant","content":"once"}}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"once"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F15', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}],"prompt_progress":{"total":35,"cache":0,"processed":0,"time_ms":0}}
-
-data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}],"prompt_progress":{"total":35,"cache":0,"processed":35,"time_ms":1}}
-
-data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"go"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"go"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F20', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null},"finish_reason":null}],"usage":null}
-
-data: {"choices":[{"index":0,"delta":{"content":"4"},"finish_reason":null}],"usage":null}
-
-data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"stop"}],"usage":{"prompt_tokens":12,"completion_tokens":1,"total_tokens":13,"prompt_cache_hit_tokens":0,"prompt_cache_miss_tokens":12}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"4"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":12,"eval_count":1}]'''),
-    ('F22', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"hey"}}]}
-
-data: {"choices":[{"finish_reason":"stop","index":0,"delta":{}}]}
-
-data: {"choices":[{"index":0,"delta":{}}],"usage":{"prompt_tokens":5,"completion_tokens":1,"total_tokens":6}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"hey"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":5,"eval_count":1}]'''),
-    ('F24', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"x_groq":{"id":"req_1"}}
-
-data: {"choices":[{"index":0,"delta":{"content":"ok"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"x_groq":{"id":"req_1","usage":{"queue_time":0.05,"prompt_tokens":10,"prompt_time":0.002,"completion_tokens":2,"completion_time":0.004,"total_tokens":12,"total_time":0.006}}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ok"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":10,"eval_count":2,"prompt_eval_duration":2000000,"eval_duration":4000000}]'''),
-    ('F25', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"ab"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"length"}],"timings":{"cache_n":30,"prompt_n":5,"prompt_ms":12.5,"predicted_n":3,"predicted_ms":40.25}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ab"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"length","prompt_eval_count":35,"eval_count":3,"prompt_eval_duration":12500000,"eval_duration":40250000}]'''),
-    ('F26', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"ab"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: {"choices":[],"usage":{"completion_tokens":3,"prompt_tokens":35,"total_tokens":38,"prompt_tokens_details":{"cached_tokens":34}},"timings":{"cache_n":34,"prompt_n":1,"prompt_ms":6.2,"predicted_n":3,"predicted_ms":0.8}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ab"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":35,"eval_count":3,"prompt_eval_duration":6200000,"eval_duration":800000}]'''),
-    ('F28', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"m"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop","usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"m"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":1}]'''),
-    ('F30', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null,"reasoning_content":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"reasoning_content":"Let me "},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"reasoning_content":"see."},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"Done.","reasoning_content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"","reasoning_content":null},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","thinking":"Let me see."},"done":false},{"message":{"role":"assistant","content":"Done."},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F32', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning":"First","reasoning_details":[{"type":"reasoning.text","text":"First","format":"unknown","index":0}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning":null,"reasoning_details":[{"type":"reasoning.encrypted","data":"AAAA","index":0}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Second"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"stop","native_finish_reason":"STOP"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","thinking":"First"},"done":false},{"message":{"role":"assistant","content":"Second"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F36', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"Write "},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"<think> to open"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"Write <think> to open"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F38', 'think_false',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"reasoning_content":"secret"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"plain"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"plain"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F39', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":[{"type":"thinking","thinking":[{"type":"text","text":"two and two"}]}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":[{"type":"text","text":"4"}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"stop"}],"usage":{"prompt_tokens":10,"completion_tokens":9,"total_tokens":19}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","thinking":"two and two"},"done":false},{"message":{"role":"assistant","content":"4"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":10,"eval_count":9}]'''),
-    ('F40', 'chat',
-     rb'''{"choices":[{"index":0,"message":{"role":"assistant","content":"I think so.\n</think>\n\nYes."},"finish_reason":"stop"}]}''',
-     r'''[{"message":{"role":"assistant","content":"","thinking":"I think so."},"done":false},{"message":{"role":"assistant","content":"Yes."},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F41', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"reasoning_content":"and then"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","thinking":"and then"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"length"}]'''),
-    ('F50', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null,"tool_calls":[{"index":0,"id":"call_a","type":"function","function":{"name":"f","arguments":""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"x\":"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"id":"call_b","type":"function","function":{"name":"g","arguments":""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"function":{"arguments":"{}"}},{"index":0,"function":{"arguments":"1}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"x":1}}},{"function":{"name":"g","arguments":{}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F52', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c1","type":"function","function":{"name":"f","arguments":"{\"a\":1}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c2","type":"function","function":{"name":"g","arguments":"{\"b\":2}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}},{"function":{"name":"g","arguments":{"b":2}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F53', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"","tool_calls":[{"id":"null","function":{"name":"f","arguments":{"city":"Rome"}}}]},"finish_reason":"tool_calls"}],"usage":{"prompt_tokens":50,"completion_tokens":9,"total_tokens":59}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"city":"Rome"}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":50,"eval_count":9}]'''),
-    ('F55', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null,"reasoning_content":null,"tool_calls":[{"id":"call_1","index":0,"type":"function","function":{"name":"f","arguments":""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"tool_calls":[{"id":null,"index":0,"type":"function","function":{"name":null,"arguments":"{\"k\":"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"tool_calls":[{"id":"","index":0,"type":"function","function":{"name":"","arguments":"true}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"tool_calls":null},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"k":true}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F57', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","tool_calls":[{"index":0,"id":"call_z","type":"function","function":{"name":"f","arguments":""}}]}}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"type":"function","function":{"arguments":"{\"n\":7}"}}]}}]}
-
-data: {"choices":[{"finish_reason":"tool_calls","index":0,"delta":{}}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"n":7}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F58', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"id":"toolu_1","type":"function","function":{"name":"f","arguments":""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"function":{"arguments":"{\"a\":[]}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"a":[]}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F59', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":"{\"x\":1}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":" "}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"","function":{"arguments":""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"x":1}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F60', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":"{\"x\""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":":1}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"x":1}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F62', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Checking."},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":null,"tool_calls":[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"Checking."},"done":false},{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F64', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"a","function":{"name":"f","arguments":"\"{\\\"x\\\":1}\""}}]},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"x":1}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F67', 'chat',
-     rb'''{"choices":[{"index":0,"message":{"role":"assistant","content":null,"tool_calls":[{"type":"function","function":{"name":"f","arguments":{"a":1}}}]},"finish_reason":"tool_calls"}],"usage":{"prompt_tokens":20,"completion_tokens":5,"total_tokens":25}}''',
-     r'''[{"message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":20,"eval_count":5}]'''),
-    ('F70', 'chat',
-     rb'''{"choices":[{"index":0,"message":{"role":"assistant","content":"no tools","tool_calls":[]},"finish_reason":"stop"}]}''',
-     r'''[{"message":{"role":"assistant","content":"no tools"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F80', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"k"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"eos"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"k"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F81', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"k"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop_sequence"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"k"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F82', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"k"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"eos_token"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"k"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F83', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"k"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"content_filter"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"k"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F84', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"content":"k"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"k"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F88', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"a"},"finish_reason":"null"}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"b"},"finish_reason":""}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ab"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F90', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"so far"},"finish_reason":null}]}
-
-data: {"error":{"code":500,"message":"output does not match the expected format","type":"server_error"}}
-
-''',
-     r'''[{"message":{"role":"assistant","content":"so far"},"done":false},{"error":"output does not match the expected format"}]'''),
-    ('F91', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"so far"},"finish_reason":null}]}
-
-data: {"error":{"message":"engine died","type":"InternalServerError","param":null,"code":500}}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"so far"},"done":false},{"error":"engine died"}]'''),
-    ('F92', 'chat',
-     rb'''event: error
-data: {"error":{"message":"The number of tokens to keep is greater than the context length"},"message":"The number of tokens to keep is greater than the context length"}
-
-''',
-     r'''[{"error":"The number of tokens to keep is greater than the context length"}]'''),
-    ('F93', 'chat',
-     rb'''event: error
-data: {"error":{"message":"Failed to call a function.","type":"invalid_request_error","code":"tool_use_failed","failed_generation":"<function=f>","status_code":400}}
-
-''',
-     r'''[{"error":"Failed to call a function."}]'''),
-    ('F94', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"par"},"finish_reason":null}]}
-
-data: {"id":"gen-1","object":"chat.completion.chunk","error":{"code":"server_error","message":"Provider disconnected"},"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}
-
-''',
-     r'''[{"message":{"role":"assistant","content":"par"},"done":false},{"error":"Provider disconnected"}]'''),
-    ('F95', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"a"},"finish_reason":null}]}
-
-data: {"error":"Request failed during generation: out of memory","error_type":"generation"}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"a"},"done":false},{"error":"Request failed during generation: out of memory"}]'''),
-    ('F98', 'chat',
-     rb'''{"error":"Unexpected endpoint or method. (POST /v1/chat/completion)"}''',
-     r'''[{"error":"Unexpected endpoint or method. (POST /v1/chat/completion)"}]'''),
-    ('F100', 'raw',
-     rb'''data: {"choices":[{"text":"A","index":0,"logprobs":null,"finish_reason":null}],"object":"text_completion"}
-
-data: {"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}],"object":"text_completion","usage":{"completion_tokens":1,"prompt_tokens":2,"total_tokens":3}}
-
-data: [DONE]
-
-''',
-     r'''[{"response":"A","done":false},{"response":"","done":true,"done_reason":"length","prompt_eval_count":2,"eval_count":1}]'''),
-    ('F101', 'generate',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"reasoning_content":"t"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"r"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"response":"","thinking":"t","done":false},{"response":"r","done":false},{"response":"","done":true,"done_reason":"stop"}]'''),
-    ('F102', 'prefill',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"Sure, here"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":" it is"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":", here it is"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F103', 'prefill',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":", here"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":", here"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F104', 'chat',
-     rb'''data: {"choices":[{"index":1,"delta":{"content":"B"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"content":"A"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"A"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F106', 'chat',
-     rb'''data: {"choices":[{"index":0,"delta":{"role":"assistant","content":null,"refusal":""},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{"refusal":"I cannot help with that."},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data: [DONE]
-
-''',
-     r'''[{"message":{"role":"assistant","content":"I cannot help with that."},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-    ('F108', 'chat',
-     rb'''data:
-
-data: {}
-
-data: {"choices":[{"index":0,"delta":{"content":"ok"},"finish_reason":null}]}
-
-data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
-
-data:  [DONE] 
-
-''',
-     r'''[{"message":{"role":"assistant","content":"ok"},"done":false},{"message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}]'''),
-]
-
 PRINTED_ERRORS = [
     ('E01', 400, 'application/json', rb'''{"error":{"message":"Unsupported parameter: max_tokens","type":"invalid_request_error","param":"max_tokens","code":"unsupported_parameter"}}''',
      'Unsupported parameter: max_tokens'),
@@ -718,14 +203,31 @@ def sse(*frames, done=True):
     return (text + ("data: [DONE]\n\n" if done else "")).encode()
 
 
+def tight(*frames, done=True):
+    """The same without a blank too many, as most servers write it; a str begins the next frame."""
+    text = "".join(frame if isinstance(frame, str) else f"data: {json.dumps(frame, separators=(',', ':'))}\n\n"
+                   for frame in frames)
+    return (text + ("data: [DONE]\n\n" if done else "")).encode()
+
+
+def whole(content, finish="stop", calls=None, **fields):
+    """The JSON of an answer that is no stream."""
+    message = {"role": "assistant", "content": content, **({} if calls is None else {"tool_calls": calls})}
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish}], **fields}).encode()
+
+
+def usage(prompt, completion):
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def ndjson(*values):
     """Values as NDJSON."""
     return b"".join(json.dumps(value).encode() + b"\n" for value in values)
 
 
-def delta(content=None, finish=None, index=0, **fields):
+def delta(content=..., finish=None, index=0, **fields):
     """One chat.completion.chunk."""
-    if content is not None:
+    if content is not ...:
         fields["content"] = content
     return {"choices": [{"index": index, "delta": fields, "finish_reason": finish}]}
 
@@ -746,6 +248,13 @@ def lines(*texts, thinking="", calls=None, reason="stop", error=None, **counts):
     return json.dumps(out)
 
 
+def answers(text, thinking="", **last):
+    """The same for /api/generate."""
+    out = [{"response": "", "thinking": thinking, "done": False}] if thinking else []
+    return json.dumps(out + [{"response": text, "done": False}, {
+        "response": "", "done": True, "done_reason": "stop", **last}])
+
+
 STOP = delta(finish="stop")
 TOOLS_END = delta(finish="tool_calls")
 
@@ -756,8 +265,189 @@ def part(name=None, arguments=None, **fields):
     return {**fields, "function": function}
 
 
-# Rules of the same list that have no printed sample.
-MORE_STREAMS = [
+TOO_LONG = "The number of tokens to keep is greater than the context length"
+# (name, how it was asked for, bytes of the target, lines for the client)
+STREAMS = [
+    ("F01 reference stream: role chunk, text, finish, usage-only chunk with empty choices", "chat",
+     tight(delta("", role="assistant"), delta("Hel"), delta("lo"), STOP,
+           {"choices": [], "usage": usage(9, 2)}),
+     lines("Hello", prompt_eval_count=9, eval_count=2)),
+    ("F03 no space after the colon, byte-order mark, event: lines, retry: and id: fields", "chat",
+     b"\xef\xbb\xbfretry:1000\nid:1\nevent:message\n"
+     + tight(delta("ok"), "id:2\n", STOP).replace(b"data: ", b"data:"), lines("ok")),
+    ("F04 events separated by one newline only, no blank lines", "chat",
+     tight(delta("a"), delta("b", finish="stop")).replace(b"}\n\n", b"}\n"), lines("ab")),
+    ("F06 [DONE] but finish_reason never set", "chat", tight(delta("fine", role="assistant")), lines("fine")),
+    ("F07 connection ends with neither finish_reason nor [DONE]: a truncated answer is an error", "chat",
+     tight(delta("half an ans", role="assistant"), done=False),
+     lines("half an ans", error="upstream closed the stream before finishing")),
+    ("F08 HTTP 200 with an empty event-stream", "chat", b"", lines(error="upstream sent an empty response")),
+    ("F09 stream:true answered with one plain JSON completion", "chat",
+     whole("whole", object="chat.completion", usage=usage(4, 1)),
+     lines("whole", prompt_eval_count=4, eval_count=1)),
+    ("F14 the same text in delta and in message of one choice", "chat",
+     tight({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "once"}, "finish_reason": None,
+                         "message": {"role": "assistant", "content": "once"}}]}), lines("once")),
+    ("F15 llama.cpp prompt progress chunks repeat the role", "chat",
+     tight(*[{**delta(None, role="assistant"), "prompt_progress": {
+               "total": 35, "cache": 0, "processed": 35 * at, "time_ms": at}} for at in (0, 1)],
+           delta(None, role="assistant"), delta("go"), STOP), lines("go")),
+    ("F20 usage null on every chunk, real usage on the finish chunk itself", "chat",
+     tight({**delta("", role="assistant", reasoning_content=None), "usage": None}, {**delta("4"), "usage": None},
+           {**delta("", finish="stop"), "usage": {
+               **usage(12, 1), "prompt_cache_hit_tokens": 0, "prompt_cache_miss_tokens": 12}}),
+     lines("4", prompt_eval_count=12, eval_count=1)),
+    ("F22 usage arrives after the finish chunk in a chunk whose choices are not empty", "chat",
+     tight({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "hey"}}]}, STOP,
+           {"choices": [{"index": 0, "delta": {}}], "usage": usage(5, 1)}),
+     lines("hey", prompt_eval_count=5, eval_count=1)),
+    ("F24 usage only inside x_groq, with timings in seconds", "chat",
+     tight({**delta("", role="assistant"), "x_groq": {"id": "req_1"}}, delta("ok"),
+           {**STOP, "x_groq": {"id": "req_1", "usage": {**usage(10, 2), "queue_time": 0.05, "prompt_time": 0.002,
+                                                        "completion_time": 0.004, "total_time": 0.006}}}),
+     lines("ok", prompt_eval_count=10, eval_count=2, prompt_eval_duration=2000000, eval_duration=4000000)),
+    ("F25 no usage at all but llama.cpp timings on the finish chunk; prompt_n counts only uncached tokens", "chat",
+     tight(delta(None, role="assistant"), delta("ab"),
+           {**delta(finish="length"), "timings": {
+               "cache_n": 30, "prompt_n": 5, "prompt_ms": 12.5, "predicted_n": 3, "predicted_ms": 40.25}}),
+     lines("ab", reason="length", prompt_eval_count=35, eval_count=3, prompt_eval_duration=12500000,
+           eval_duration=40250000)),
+    ("F26 usage and timings together: counts from usage, durations from timings", "chat",
+     tight(delta("ab"), STOP,
+           {"choices": [], "usage": {**usage(35, 3), "prompt_tokens_details": {"cached_tokens": 34}},
+            "timings": {"cache_n": 34, "prompt_n": 1, "prompt_ms": 6.2, "predicted_n": 3, "predicted_ms": 0.8}}),
+     lines("ab", prompt_eval_count=35, eval_count=3, prompt_eval_duration=6200000, eval_duration=800000)),
+    ("F28 usage inside the choice object", "chat",
+     tight(delta("m", role="assistant"), {"choices": [{**STOP["choices"][0], "usage": usage(3, 1)}]}),
+     lines("m", prompt_eval_count=3, eval_count=1)),
+    ("F30 reasoning_content with explicit nulls on the other key", "chat",
+     tight(delta(None, role="assistant", reasoning_content=""), delta(None, reasoning_content="Let me "),
+           delta(None, reasoning_content="see."), delta("Done.", reasoning_content=None),
+           delta("", finish="stop", reasoning_content=None)), lines("Done.", thinking="Let me see.")),
+    ("F32 the same thought in reasoning and reasoning_details: count once; encrypted details carry no text", "chat",
+     tight(delta("", role="assistant", reasoning="First", reasoning_details=[
+               {"type": "reasoning.text", "text": "First", "format": "unknown", "index": 0}]),
+           delta("", role="assistant", reasoning=None, reasoning_details=[
+               {"type": "reasoning.encrypted", "data": "AAAA", "index": 0}]),
+           delta("Second", role="assistant"), {"choices": [{
+               **delta("", finish="stop", role="assistant")["choices"][0], "native_finish_reason": "STOP"}]}),
+     lines("Second", thinking="First")),
+    ("F36 think tag later in the text is content, not reasoning", "chat",
+     tight(delta("Write "), delta("<think> to open"), STOP), lines("Write <think> to open")),
+    ("F38 request had think:false but the server reasons anyway: drop it", "think_false",
+     tight(delta(None, role="assistant"), delta(reasoning_content="secret"), delta("plain"), STOP), lines("plain")),
+    ("F39 content is a list of typed parts", "chat",
+     tight(delta("", role="assistant"),
+           delta([{"type": "thinking", "thinking": [{"type": "text", "text": "two and two"}]}]),
+           delta([{"type": "text", "text": "4"}]),
+           {**delta("", finish="stop"), "usage": usage(10, 9)}),
+     lines("4", thinking="two and two", prompt_eval_count=10, eval_count=9)),
+    ("F40 whole answer, template opened the tag: only the closing tag is there", "chat",
+     whole("I think so.\n</think>\n\nYes."),
+     lines("Yes.", thinking="I think so.")),
+    ("F41 length limit reached while still reasoning", "chat",
+     tight(delta(None, role="assistant"), delta(reasoning_content="and then"), delta(finish="length")),
+     lines(thinking="and then", reason="length")),
+    ("F50 two parallel calls, arguments in fragments, interleaved by index", "chat",
+     tight(delta(None, role="assistant", tool_calls=[part("f", "", index=0, id="call_a", type="function")]),
+           call_delta(part(None, '{"x":', index=0)), call_delta(part("g", "", index=1, id="call_b", type="function")),
+           call_delta(part(None, "{}", index=1), part(None, "1}", index=0)), TOOLS_END),
+     lines(calls=[("f", {"x": 1}), ("g", {})])),
+    ("F52 index 0 reused for a second call with another id", "chat",
+     tight(call_delta(part("f", '{"a":1}', index=0, id="c1", type="function")),
+           call_delta(part("g", '{"b":2}', index=0, id="c2", type="function")), TOOLS_END),
+     lines(calls=[("f", {"a": 1}), ("g", {"b": 2})])),
+    ("F53 call, finish and usage in one chunk; no index or type; arguments as object; id is the word null", "chat",
+     tight({**delta("", finish="tool_calls", role="assistant", tool_calls=[part("f", {"city": "Rome"}, id="null")]),
+            "usage": usage(50, 9)}),
+     lines(calls=[("f", {"city": "Rome"})], prompt_eval_count=50, eval_count=9)),
+    ("F55 continuation with id null and name null; later with id empty and name empty", "chat",
+     tight(delta(None, role="assistant", reasoning_content=None, tool_calls=[
+               part("f", "", id="call_1", index=0, type="function")]),
+           delta(None, tool_calls=[
+               {"id": None, "index": 0, "type": "function", "function": {"name": None, "arguments": '{"k":'}}]),
+           delta(None, tool_calls=[part("", "true}", id="", index=0, type="function")]),
+           delta(None, finish="tool_calls", tool_calls=None)), lines(calls=[("f", {"k": True})])),
+    ("F57 continuation deltas without id and with type", "chat",
+     tight({"choices": [{"index": 0, "delta": {
+               "role": "assistant", "tool_calls": [part("f", "", index=0, id="call_z", type="function")]}}]},
+           {"choices": [{"index": 0, "delta": {"tool_calls": [part(None, '{"n":7}', index=0, type="function")]}}]},
+           TOOLS_END), lines(calls=[("f", {"n": 7})])),
+    ("F58 index starts at 1", "chat",
+     tight(call_delta(part("f", "", index=1, id="toolu_1", type="function")),
+           call_delta(part(None, '{"a":[]}', index=1)), TOOLS_END), lines(calls=[("f", {"a": []})])),
+    ("F59 extra empty or whitespace fragment after a complete call", "chat",
+     tight(call_delta(part("f", '{"x":1}', index=0, id="a", type="function")), call_delta(part(None, " ", index=0)),
+           call_delta(part(None, "", index=0, id="")), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F60 name repeated on every fragment", "chat",
+     tight(call_delta(part("f", '{"x"', index=0, id="a", type="function")),
+           call_delta(part("f", ":1}", index=0, id="a", type="function")), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F62 text, then a call: both survive, in order", "chat",
+     tight(delta("Checking.", role="assistant"),
+           delta(None, tool_calls=[part("f", "{}", index=0, id="a", type="function")]), TOOLS_END),
+     lines("Checking.", calls=[("f", {})])),
+    ("F64 arguments are JSON inside a JSON string (encoded twice)", "chat",
+     tight(call_delta(part("f", '"{\\"x\\":1}"', index=0, id="a")), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F67 non-streaming call: content null, no id, arguments as object", "chat",
+     whole(None, "tool_calls", [part("f", {"a": 1}, type="function")], usage=usage(20, 5)),
+     lines(calls=[("f", {"a": 1})], prompt_eval_count=20, eval_count=5)),
+    ("F70 empty tool list next to text is not a call", "chat",
+     whole("no tools", "stop", []), lines("no tools")),
+    ("F80 finish_reason eos maps to done_reason stop", "chat", tight(delta("k"), delta(finish="eos")), lines("k")),
+    ("F81 finish_reason stop_sequence maps to done_reason stop", "chat",
+     tight(delta("k"), delta(finish="stop_sequence")), lines("k")),
+    ("F82 finish_reason eos_token maps to done_reason stop", "chat",
+     tight(delta("k"), delta(finish="eos_token")), lines("k")),
+    ("F83 finish_reason content_filter maps to done_reason stop", "chat",
+     tight(delta("k"), delta(finish="content_filter")), lines("k")),
+    ("F84 finish_reason abort maps to done_reason stop", "chat", tight(delta("k"), delta(finish="abort")), lines("k")),
+    ("F88 finish_reason is the string null or empty on every chunk until the end", "chat",
+     tight(delta("a", finish="null", role="assistant"), delta("b", finish=""), STOP), lines("ab")),
+    ("F90 mid-stream error object, no [DONE]", "chat",
+     tight(delta(None, role="assistant"), delta("so far"),
+           {"error": {"code": 500, "message": "output does not match the expected format", "type": "server_error"}},
+           done=False), lines("so far", error="output does not match the expected format")),
+    ("F91 mid-stream error object then [DONE]", "chat",
+     tight(delta("so far", role="assistant"),
+           {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}),
+     lines("so far", error="engine died")),
+    ("F92 event: error as the very first event of a 200", "chat",
+     tight("event: error\n", {"error": {"message": TOO_LONG}, "message": TOO_LONG}, done=False), lines(error=TOO_LONG)),
+    ("F93 event: error with a tool failure", "chat",
+     tight("event: error\n", {"error": {
+         "message": "Failed to call a function.", "type": "invalid_request_error", "code": "tool_use_failed",
+         "failed_generation": "<function=f>", "status_code": 400}}, done=False),
+     lines(error="Failed to call a function.")),
+    ("F94 error next to choices with finish_reason error", "chat",
+     tight(delta("par", role="assistant"),
+           {"id": "gen-1", "object": "chat.completion.chunk", **delta("", finish="error"),
+            "error": {"code": "server_error", "message": "Provider disconnected"}},
+           done=False), lines("par", error="Provider disconnected")),
+    ("F95 flat error string", "chat",
+     tight(delta("a", role="assistant"),
+           {"error": "Request failed during generation: out of memory", "error_type": "generation"}),
+     lines("a", error="Request failed during generation: out of memory")),
+    ("F98 200 whose body is only an error string", "chat",
+     b'{"error":"Unexpected endpoint or method. (POST /v1/chat/completion)"}',
+     lines(error="Unexpected endpoint or method. (POST /v1/chat/completion)")),
+    ("F100 legacy completions stream: text field, usage in the finish chunk without being asked", "raw",
+     tight({"choices": [{"text": "A", "index": 0, "logprobs": None, "finish_reason": None}], "object": "text_completion"},
+           {"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}],
+            "object": "text_completion", "usage": usage(2, 1)}),
+     answers("A", done_reason="length", prompt_eval_count=2, eval_count=1)),
+    ("F101 chat stream used for /api/generate", "generate",
+     tight(delta("", role="assistant"), delta(reasoning_content="t"), delta("r"), STOP),
+     answers("r", thinking="t")),
+    ("F102 answer repeats the trailing assistant message that was sent as prefill: take it off once", "prefill",
+     tight(delta(None, role="assistant"), delta("Sure, here"), delta(" it is"), STOP), lines(", here it is")),
+    ("F103 answer does not repeat the prefill", "prefill",
+     tight(delta("", role="assistant"), delta(", here"), STOP), lines(", here")),
+    ("F104 second choice must be ignored", "chat", tight(delta("B", index=1), delta("A"), STOP), lines("A")),
+    ("F106 refusal instead of content", "chat",
+     tight(delta(None, role="assistant", refusal=""), delta(refusal="I cannot help with that."), STOP),
+     lines("I cannot help with that.")),
+    ("F108 blank data lines, an empty object, and a last [DONE] with blanks", "chat",
+     b"data:\n\n" + tight({}, delta("ok"), STOP).replace(b"[DONE]", b" [DONE] "), lines("ok")),
     ("F02 comments, pings and blank lines", "chat",
      sse(": OPENROUTER PROCESSING\n\n", ":\n", "\n\n", delta("ok"), ": ping\n", STOP), lines("ok")),
     ("F05 no final newline, no DONE", "chat", sse(delta("ok"), STOP, done=False).rstrip(), lines("ok")),
@@ -967,9 +657,6 @@ def splits(data):
         yield [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)])]
 
 
-ALL_STREAMS = PRINTED_STREAMS + MORE_STREAMS
-
-
 # ----------------------------------------------------------------------------
 # Room 4: framing
 # ----------------------------------------------------------------------------
@@ -1037,7 +724,7 @@ def test_request_bodies_are_read_as_ollama_reads_them():
 # ----------------------------------------------------------------------------
 
 
-@cases("name, how, data, wanted", ALL_STREAMS, ids=[row[0] for row in ALL_STREAMS])
+@cases("name, how, data, wanted", STREAMS, ids=[row[0] for row in STREAMS])
 def test_every_stream_of_every_server_decodes_whole_and_at_every_cut(name, how, data, wanted):
     same_lines(normalised(translated([data], how)), wanted)
     whole = [value for value in normalised(translated([data], how))]
@@ -1084,7 +771,7 @@ def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
     """Same bytes out with and without it, for every sample and random streams, with random cuts and faults."""
     monkeypatch.setattr(proxy_module, "call_id", lambda *seed: "fixed")
     chance = random.Random(17)
-    streams = [row[2] for row in ALL_STREAMS] + [token_stream(chance, dialect) for _ in range(60)]
+    streams = [row[2] for row in STREAMS] + [token_stream(chance, dialect) for _ in range(60)]
     used, encoded = 0, []
 
     class Counted(encoder):
@@ -1110,8 +797,8 @@ def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
     assert used > 30
 
 
-@cases("name, how, data, wanted", [row for row in ALL_STREAMS if b"data:" in row[2]],
-       ids=[row[0] for row in ALL_STREAMS if b"data:" in row[2]])
+@cases("name, how, data, wanted", [row for row in STREAMS if b"data:" in row[2]],
+       ids=[row[0] for row in STREAMS if b"data:" in row[2]])
 def test_a_stream_that_is_cut_never_looks_whole(name, how, data, wanted):
     if b"[DONE]" not in data and b'"finish_reason":"' not in data.replace(b" ", b""):
         return
@@ -4136,7 +3823,7 @@ def mutated(data, chance):
 def test_mutated_streams_never_crash_a_decoder():
     chance = random.Random(11)
     for _ in range(1500):
-        _, how, data, _ = chance.choice(ALL_STREAMS)
+        _, how, data, _ = chance.choice(STREAMS)
         out = translated([mutated(data or b"x", chance)], how if how != "prefill" else "chat")
         last = json.loads(out.splitlines()[-1])
         assert last.get("done") is True or set(last) == {"error"}
