@@ -92,8 +92,7 @@ def shut(sock):
 
 
 # ----------------------------------------------------------------------------
-# Wire samples: what servers really send.  The letter and number name the kind of quirk; the server that
-# has it is told by the rule it belongs to in the section's tests.
+# Wire samples: what servers really send.  The letter and number name the kind of quirk.
 # ----------------------------------------------------------------------------
 
 PRINTED_ERRORS = [
@@ -431,9 +430,10 @@ STREAMS = [
      b'{"error":"Unexpected endpoint or method. (POST /v1/chat/completion)"}',
      lines(error="Unexpected endpoint or method. (POST /v1/chat/completion)")),
     ("F100 legacy completions stream: text field, usage in the finish chunk without being asked", "raw",
-     tight({"choices": [{"text": "A", "index": 0, "logprobs": None, "finish_reason": None}], "object": "text_completion"},
-           {"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}],
-            "object": "text_completion", "usage": usage(2, 1)}),
+     tight({"object": "text_completion", "choices": [
+               {"text": "A", "index": 0, "logprobs": None, "finish_reason": None}]},
+           {"object": "text_completion", "choices": [
+               {"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}], "usage": usage(2, 1)}),
      answers("A", done_reason="length", prompt_eval_count=2, eval_count=1)),
     ("F101 chat stream used for /api/generate", "generate",
      tight(delta("", role="assistant"), delta(reasoning_content="t"), delta("r"), STOP),
@@ -689,34 +689,20 @@ def test_chunked_coding_refuses_what_smugglers_send(data):
                 decoder.feed(piece)
 
 
-def test_chunked_coding_stops_at_its_limit():
-    with pytest.raises(proxy_module.BodyTooLarge):
-        ChunkedDecoder(limit=10).feed(b"b\r\nhello world\r\n0\r\n\r\n")
-    decoder = ChunkedDecoder(limit=20)
-    with pytest.raises(proxy_module.BodyTooLarge):
-        for _ in range(5):              # one chunk at a time
-            decoder.feed(b"8\r\naaaaaaaa\r\n")
-
-
 @cases("body, status, text", [
     (b"", 400, "missing request body"), (b"  \n", 400, "missing request body"), (b'{"a":', 400, "unexpected EOF"),
     (b"{oops}", 400, "invalid JSON"), (b"[1]", 400, "cannot unmarshal array"), (b'{"a": NaN}', 400, "NaN"),
     (b'{"a":' + b"[" * 100000, 400, "exceeded max depth"),
     (b'{"a":' + b'{"a":' * 300 + b"1" + b"}" * 301, 400, "exceeded max depth"), (b'{"a": ' + b"9" * 6000 + b"}", 400, "")])
-def test_bad_request_bodies_are_refused_in_plain_words(body, status, text):
-    try:
-        value = proxy_module.load_request(body)
-    except BadRequest as error:
-        assert error.status == status and text in error.message
-    else:
-        assert text == "" and value       # Pythons before 3.10.7 read numbers of any length
+def test_bad_request_bodies_are_refused_in_plain_words(proxy, body, status, text):
+    answer = proxy.post("/api/show", body)
+    assert answer.status == status and text in json.loads(answer.data)["error"]
 
 
-def test_request_bodies_are_read_as_ollama_reads_them():
-    call = parse_ollama_chat(proxy_module.load_request(b'{"Model": "m", "stream": false} trailing'))
-    assert call.model == "m" and not call.stream
-    deep = json.dumps({"a": "[" * 1000 + '\\"{' * 500})
-    assert proxy_module.load_request(deep.encode())["a"].startswith("[")     # brackets in strings do not nest
+def test_request_bodies_are_read_as_ollama_reads_them(proxy):
+    assert proxy.post("/api/show", b'{"Model": "m", "stream": false} trailing').status == 200
+    brackets = "[" * 1000 + '\\"{' * 500            # in strings they do not nest
+    assert proxy.post("/api/show", {"model": "m", "a": brackets}).status == 200
 
 
 # ----------------------------------------------------------------------------
@@ -2636,7 +2622,7 @@ def test_debug_hides_every_key_wherever_it_is_said(start, target):
 def test_no_log_is_silent(start):
     proxy = start("--no-log")
     proxy.call("GET", "/api/version")
-    assert not proxy.logged and not proxy.errors
+    assert proxy.drains() and not proxy.logged and not proxy.errors
 
 
 @cases("late", [True, False])
@@ -3035,7 +3021,9 @@ def test_chunked_and_compressed_request_bodies(proxy):
 def test_bodies_have_a_limit(start, target):
     proxy = start("--max-body", "1000")
     assert proxy.post("/api/show", {"model": "m", "x": "a" * 2000}).status == 413
-    assert proxy.raw(http_request("POST", "/api/show", b"", "Transfer-Encoding: chunked") + chunk(b"a" * 2000)).startswith(b"HTTP/1.1 413")
+    for chunks in (chunk(b"a" * 2000), chunk(b"a" * 8) * 200):
+        data = proxy.raw(http_request("POST", "/api/show", b"", "Transfer-Encoding: chunked") + chunks)
+        assert data.startswith(b"HTTP/1.1 413")
     assert proxy.post("/api/show", gzip.compress(b"a" * 100000), {"Content-Encoding": "gzip"}).status == 413
     # A client that writes everything before it reads still sees why.
     with proxy.dial() as sock:
@@ -3124,7 +3112,10 @@ def test_preflights_and_more_origins(start, target):
         assert answer.status == 204 and answer.headers["Access-Control-Allow-Methods"] == "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
         assert "x-stainless-os" in answer.headers["Access-Control-Allow-Headers"] and "bad header" not in answer.headers["Access-Control-Allow-Headers"]
     assert proxy.call("GET", "/api/tags", None, {"Origin": "https://chat.example.com.evil.com"}).status == 403
-    assert start(environ={"OLLAMA_ORIGINS": "*"}).call("GET", "/api/version", None, {"Origin": "https://any.where"}).status == 200
+    for anyone in (start(environ={"OLLAMA_ORIGINS": "*"}), start("--origins", "*")):
+        answer = anyone.call("GET", "/api/version", None, {"Origin": "https://any.where"})
+        assert answer.status == 200 and answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert answer.headers["Vary"] is None
     same = proxy.call("GET", "/api/version", None, {"Origin": f"http://127.0.0.1:{proxy.port}"})
     assert same.status == 200 and same.headers["Access-Control-Allow-Origin"] is None
 
@@ -3707,6 +3698,10 @@ def test_compressed_answers_are_unpacked_however_they_are_cut(start, target, cod
         target.answers["/v1/chat/completions"] = cut(*pieces)
         assert proxy.post("/v1/chat/completions", {**CHAT, "stream": True}).data == HELLO
         assert [value["message"]["content"] for value in proxy.lines("/api/chat", CHAT)] == ["Hel", "lo", ""]
+    packed = deflated(json.dumps(WHOLE).encode(), wbits)
+    target.answers["/v1/chat/completions"] = http_answer(packed, 200, "application/json", f"Content-Encoding: {coding}")
+    assert json.loads(proxy.post("/v1/chat/completions", CHAT).data) == WHOLE
+    assert json.loads(proxy.post("/api/chat", {**CHAT, "stream": False}).data)["message"]["content"] == "Hello"
 
 
 def test_a_compressed_stream_is_unpacked_as_it_comes(start, target):
@@ -3725,16 +3720,6 @@ def test_a_compressed_stream_is_unpacked_as_it_comes(start, target):
         read_until(sock, b"Hel")
         target.go.set()
         read_until(sock, b'"done":true')
-
-
-def test_gzip_answers_are_unpacked(start, target):
-    packed = gzip.compress(json.dumps(WHOLE).encode())
-    target.answers["/v1/chat/completions"] = http_answer(packed, 200, "application/json", "Content-Encoding: gzip")
-    proxy = start("--target-api", "openai")
-    assert json.loads(proxy.post("/api/chat", {**CHAT, "stream": False}).data)["message"]["content"] == "Hello"
-    assert json.loads(proxy.post("/v1/chat/completions", CHAT).data) == WHOLE
-    target.answers["/v1/chat/completions"] = http_answer(gzip.compress(HELLO), 200, "text/event-stream", "Content-Encoding: gzip")
-    assert proxy.lines("/api/chat", CHAT)[-1]["done"]
 
 
 def test_ipv6(start, target):
@@ -4315,8 +4300,7 @@ def test_small_requests_have_no_large_costs(start, ollama_target):
         parse_ollama_chat({**GENERATE, "template": "{{if .Prompt}}" * 1000}, "generate")
     bomb = gzip.compress(b'{"x":"' + b"a" * 20_000_000 + b'"}')
     assert proxy.post("/api/chat", bomb, {"Content-Encoding": "gzip"}).status == 413
-    with pytest.raises(BadRequest):
-        proxy_module.load_request(b'{"a":[' + b"0," * 2_100_000 + b"0]}")
+    assert proxy.post("/api/chat", b'{"a":[' + b"0," * 2_100_000 + b"0]}").status == 413
 
 
 def test_a_compressed_answer_that_explodes_is_an_error(start, target):
@@ -4451,11 +4435,6 @@ def test_metadata_that_hangs_keeps_no_list_waiting_for_long(start, target, hurry
     for path in ("/props", "/api/v1/models", "/api/v0/models", "/model/info"):
         target.answers[path] = lambda talk: talk.target.go.wait(PATIENCE)
     assert names_of(start("--target-api", "openai")) == ["m:latest", "vendor/big:free", "qwen3:8b", "text-embed:latest"]
-
-
-def test_any_origin(start, target):
-    answer = start("--origins", "*").call("GET", "/api/version", None, {"Origin": "https://any.where"})
-    assert answer.headers["Access-Control-Allow-Origin"] == "*" and answer.headers["Vary"] is None
 
 
 def test_a_long_history_of_strays_is_repaired():
