@@ -1623,7 +1623,7 @@ class Streams:
 @fixture
 def hurry(monkeypatch):
     """The program is as impatient with lists as tests are: they hold without it, and take longer."""
-    for name in ("LIST_TIMEOUT", "ASK_TIMEOUT", "FIRST_PATIENCE", "DETAILS_PATIENCE"):
+    for name in ("LIST_TIMEOUT", "PROBE_TIMEOUT"):
         monkeypatch.setattr(proxy_module, name, 0.2, raising=False)
 
 
