@@ -2285,7 +2285,7 @@ def test_v1_models_and_one_model(proxy, target):
     assert proxy.call("GET", "/v1/models/nope").status == 404
 
 
-# -- what targets want: healing, keepsakes, metadata
+# -- what targets want: healing, extras of tool calls, metadata
 
 
 def picky(refused):
