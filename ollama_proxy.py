@@ -49,6 +49,7 @@ Endpoints (the dispatch table of room 13, tied to this list by a test):
     POST   /api/chat  /api/generate  /api/embed  /api/embeddings  /api/show  /api/pull  /api/me
     POST   /v1/chat/completions  /v1/completions  /v1/embeddings
     POST   /api/create  /api/copy  /api/push  /api/signout  /api/blobs/{digest}
+    HEAD   /api/blobs/{digest}
     DELETE /api/delete
     any    /v1/...
 """
@@ -1758,7 +1759,7 @@ def tie_results(messages: tuple) -> tuple:
     """A valid history from any history: every call has an id of its own and exactly one result right behind it,
     every result a call (clients rule 5).
 
-    Results are tied by id, else by an id that stands where the name belongs, else by name, else by order.  A call nobody
+    Results are tied by id, else by an id where the name belongs, else by name, else by order.  A call that nobody
     answered in time gets an empty result; a result whose call was cut off, or that comes late, gets its call back.
     """
     if not any(message.tool_calls or message.role == "tool" for message in messages):
@@ -3011,7 +3012,8 @@ SETTINGS = (
     Setting("--target-api", "auto|openai|ollama", "auto",
             "what the target speaks; auto asks it", _one_of("auto", "openai", "ollama")),
     Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
-            "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434", parse_listen),
+            "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434",
+            parse_listen),
     Setting("--host", "HOST", "", "the host part of --listen alone"),
     Setting("--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
     Setting("--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
@@ -3824,8 +3826,8 @@ def reason_of(error: Exception) -> str:
 OTHER_KINDS = frozenset(("image", "audio", "rerank", "reranker", "moderation", "transcription", "tts", "transcribe",
                          "speech", "video", "image_generation", "audio_transcription", "audio_speech"))
 _EMBEDDING_NAME = re.compile(r"embed|(^|[/-])(bge|e5|gte|minilm)([-_.]|$)|nomic-bert", re.I)
-_VISION_NAME = re.compile(r"vision|[-_.]vl([-_.\d]|$)|llava|pixtral|gpt-4o|gpt-4\.1|gpt-5|gemini|claude-[3-9]|moondream",
-                          re.I)
+_VISION_NAME = re.compile(
+    r"vision|[-_.]vl([-_.\d]|$)|llava|pixtral|gpt-4o|gpt-4\.1|gpt-5|gemini|claude-[3-9]|moondream", re.I)
 
 
 def human_count(count: Optional[int]) -> str:
@@ -3844,21 +3846,22 @@ def parse_count(text: str) -> Optional[int]:
 
 # What servers call it (upstreams rules 86-92): attribute of ModelInfo -> names, the likeliest first.
 _COUNTS = {
-    "context": "max_context_length context_length max_model_len context_window context_size max_input_tokens inputTokenLimit "
-               "max_total_tokens n_ctx_train",
+    "context": "max_context_length context_length max_model_len context_window context_size max_input_tokens "
+               "inputTokenLimit max_total_tokens n_ctx_train",
     "context_now": "loaded_context_length n_ctx", "size": "size_bytes size", "created": "created",
     "embedding_length": "n_embd output_vector_size embedding_length", "parameter_count": "n_params"}
 _TEXTS = {
-    "owner": "owned_by publisher", "family": "arch architecture model_type family", "format": "compatibility_type format",
-    "parameter_size": "params_string parameter_size", "parent": "parent parent_model", "template": "chat_template",
+    "owner": "owned_by publisher", "family": "arch architecture model_type family",
+    "format": "compatibility_type format", "parameter_size": "params_string parameter_size",
+    "parent": "parent parent_model", "template": "chat_template",
     "quantization": "quantization ftype model_ftype quantization_level"}
 _TRAITS = {
     "vision": "vision supports_vision has_image_understanding", "completion": "completion_chat",
     "tools": "trained_for_tool_use function_calling tools supports_function_calling supports_tools supports_tool_calls",
     "thinking": "reasoning thinking supports_reasoning", "insert": "completion_fim"}
 # Words in lists of capabilities, parameters and modalities -> traits.
-_WORDS = {"tools": "tools", "tool_use": "tools", "vision": "vision", "image": "vision", "thinking": "thinking", "reasoning": "thinking",
-          "embedding": "embedding", "embeddings": "embedding", "insert": "insert"}
+_WORDS = {"tools": "tools", "tool_use": "tools", "vision": "vision", "image": "vision", "thinking": "thinking",
+          "reasoning": "thinking", "embedding": "embedding", "embeddings": "embedding", "insert": "insert"}
 _INSIDE = ("model_info", "meta", "details", "top_provider", "capabilities", "default_generation_settings", "modalities",
            "chat_template_caps", "quantization")
 
@@ -3876,57 +3879,56 @@ def look_up(sources: list, names: str, read: Callable) -> Any:
 
 def read_model(entry: dict) -> Optional[ModelInfo]:
     """One list entry of any server, or what it tells of its only model -> ModelInfo; None when it names nothing."""
-    sources = [entry] + [as_dict(entry.get(key)) for key in _INSIDE]
-    told: dict = {}
-    for table, read in ((_COUNTS, as_count), (_TEXTS, as_text)):
-        told.update((key, value) for key, value in ((key, look_up(sources, names, read)) for key, names in table.items()) if value)
     identifier = look_up([entry], "id key model_name name model", as_text)
+    if not identifier:
+        return None
+    sources = [entry] + [as_dict(entry.get(key)) for key in _INSIDE]
+    told = {key: look_up(sources, names, read) for table, read in ((_COUNTS, as_count), (_TEXTS, as_text))
+            for key, names in table.items()}
+    told = present(**told)
     owner, status, loaded = told.get("owner"), as_dict(entry.get("status")), entry.get("loaded_instances")
-    local, arguments = owner == "llamacpp" and bool(as_dict(entry.get("meta"))), [str(word) for word in as_list(status.get("args"))]
-    for flag, value in zip(arguments, arguments[1:]):
-        if flag in ("--ctx-size", "-c"):
-            told.setdefault("context_now", int(value) if value.isdigit() else None)
-    for instance in as_list(loaded):
-        told.setdefault("context_now", as_count(as_dict(as_dict(instance).get("config")).get("context_length")))
-    if isinstance(loaded, list):
+    if isinstance(loaded, list):        # LM Studio
         told["running"] = bool(loaded)
-    elif "state" in entry or "value" in status:
+        for instance in loaded:
+            told.setdefault("context_now", as_count(as_dict(as_dict(instance).get("config")).get("context_length")))
+    elif "state" in entry or "value" in status:         # LM Studio before 0.4, llama.cpp's router
         told["running"] = (entry.get("state") or status.get("value")) == "loaded"
-    elif owner in ("vllm", "sglang") or local:
-        told["running"] = True
-    if owner in ("vllm", "sglang"):
-        told.setdefault("context_now", told.get("context"))
-    if local:
-        told.setdefault("format", "gguf")
+    elif owner in ("vllm", "sglang"):
+        told.update(running=True, context_now=told.get("context_now") or told.get("context"))
+    elif owner == "llamacpp" and as_dict(entry.get("meta")):
+        told.update(running=True, format=told.get("format", "gguf"))
+    arguments = list(map(str, as_list(status.get("args"))))
+    for flag, value in zip(arguments, arguments[1:]):
+        if flag in ("--ctx-size", "-c") and value.isdigit():
+            told.setdefault("context_now", int(value))
     told["parameter_size"] = told.get("parameter_size") or human_count(told.get("parameter_count"))
     told.setdefault("parameter_count", parse_count(told["parameter_size"]))
     text = as_text(as_dict(entry.get("quantization")).get("name")) or told.get("quantization", "")
     text = re.sub(r"^\(guessed\) ?|^all | - [0-9.]+ bpw$|^mostly ", "", text)
     told["quantization"] = re.sub(r" - (S|M|L)(mall|edium|arge)\b", r"_\1", text)       # "Q4_K - Medium" is Q4_K_M
-    return ModelInfo(identifier, raw=entry, traits=read_traits(entry, sources, owner), **told) if identifier else None
+    return ModelInfo(identifier, raw=entry, traits=read_traits(entry, sources, owner), **told)
 
 
 def read_traits(entry: dict, sources: list, owner: Optional[str]) -> dict:
     """What an entry says that its model can and cannot do; nothing for what it does not mention."""
     traits = {trait: look_up(sources, names, as_flag) for trait, names in _TRAITS.items()}
-    kind = look_up(sources[:2], "type mode", as_text)
     shapes = as_dict(entry.get("architecture"))
-    lists = [entry.get("capabilities") if owner != "llamacpp" else None, entry.get("supported_parameters"),
-             as_list(shapes.get("input_modalities")) or entry.get("input_modalities")]
-    for at, words in enumerate(lists):
-        if isinstance(words, list) or (at == 0 and "arch" in entry and "state" in entry):      # LM Studio v0 tells by leaving out
-            for trait in (("tools", "vision"), ("tools", "thinking"), ("vision",))[at]:
-                traits[trait] = traits.get(trait) or False
-            traits.update({_WORDS[word]: True for word in as_list(words) if isinstance(word, str) and word in _WORDS})
-    for trait, key in (("tools", "tool_call_parser"), ("thinking", "reasoning_parser")):
-        traits[trait] = True if entry.get(key) else traits.get(trait)
-    outputs = {str(word) for word in as_list(shapes.get("output_modalities"))}
-    said = {word for word in as_list(entry.get("capabilities")) if isinstance(word, str)}
-    traits["vision"] = True if kind == "vlm" else traits["vision"]
-    traits["embedding"] = True if kind in ("embedding", "embeddings") else traits.get("embedding")
-    traits["other"] = True if kind in OTHER_KINDS or entry.get("active") is False or (outputs and not outputs & {"text", "embeddings"}) \
-        or (said and said <= OTHER_KINDS) else None
-    return {trait: value for trait, value in traits.items() if value is not None}
+    words = entry.get("capabilities") if owner != "llamacpp" else None
+    if words is None and "arch" in entry and "state" in entry:
+        words = []                      # LM Studio before 0.4 tells by leaving out
+    for told, meant in ((words, ("tools", "vision")), (entry.get("supported_parameters"), ("tools", "thinking")),
+                        (shapes.get("input_modalities") or entry.get("input_modalities"), ("vision",))):
+        if isinstance(told, list):      # what such a list leaves out the model cannot do
+            traits.update((trait, traits.get(trait) or False) for trait in meant)
+            traits.update((_WORDS[word], True) for word in told if isinstance(word, str) and word in _WORDS)
+    kind, said = look_up(sources[:2], "type mode", as_text), set(map(str, as_list(entry.get("capabilities"))))
+    outputs = set(map(str, as_list(shapes.get("output_modalities"))))
+    certain = {"tools": entry.get("tool_call_parser"), "thinking": entry.get("reasoning_parser"),
+               "vision": kind == "vlm", "embedding": kind in ("embedding", "embeddings"),
+               "other": kind in OTHER_KINDS or entry.get("active") is False or (said and said <= OTHER_KINDS)
+               or (outputs and not outputs & {"text", "embeddings"})}
+    traits.update((trait, True) for trait, sign in certain.items() if sign)
+    return present(**traits)
 
 
 def read_models(payload: Any) -> Optional[list[ModelInfo]]:
@@ -3971,6 +3973,13 @@ PROBES = (
 )
 
 
+class Listing(list):
+    """Models to show; hashable, so that functools.lru_cache can hold what is made of one."""
+
+    __hash__ = object.__hash__          # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
 class Catalogue:
     """The target's models: fetched once, kept, refreshed when stale or on a miss, answered from memory
     when the target is down.
@@ -3984,7 +3993,7 @@ class Catalogue:
         self._patterns = read_filter_file(config.models_filter)
         self._changed = threading.Condition()   # guards all that follows
         self._models: Optional[list] = None     # list entries, None before the first answer
-        self._listed: list = []                 # what is shown, with all metadata, aliases included
+        self._listed = Listing()                # what is shown, with all metadata, aliases included
         self._names: dict = {}                  # every name that means a model -> its entry
         self._fetched = self._failed = -1e9
         self._error: Optional[UpstreamError] = None
@@ -3996,7 +4005,7 @@ class Catalogue:
 
     # -- asking
 
-    def models(self, details: bool = True) -> list[ModelInfo]:
+    def models(self, details: bool = True) -> Listing:
         """Everything that may be shown.  Raises UpstreamError when nothing was ever known."""
         for _ in range(2):              # a refresh that began before metadata was wanted may end without it
             self._update(PROBE_TIMEOUT if self._models is None else 1.0, details)
@@ -4065,7 +4074,8 @@ class Catalogue:
             info = merge_info(info, self._details.get(info.id, ModelInfo(info.id)))
             short = short_name(info.id)
             cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
-            info = info._replace(shown=self.shown_name(short if cut else info.id), capabilities=self._capabilities(info))
+            shown = self.shown_name(short if cut else info.id)
+            info = info._replace(shown=shown, capabilities=self._capabilities(info))
             own = [alias for alias, model_id in self._config.alias if model_id == info.id]
             if not self._allowed(info, own):
                 continue
@@ -4080,7 +4090,7 @@ class Catalogue:
             names.setdefault(name, info)
         for name in list(names):
             names.setdefault(name.lower(), names[name])
-        self._names, self._listed = names, sorted(listed, key=lambda info: -(info.created or 0))
+        self._names, self._listed = names, Listing(sorted(listed, key=lambda info: -(info.created or 0)))
 
     def _find(self, name: str) -> Optional[ModelInfo]:
         forms = [name] + [name[:-len(tag) - 1] for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}
@@ -4120,7 +4130,7 @@ class Catalogue:
     # -- refreshing
 
     def _update(self, patience: float, details: bool = False, force: bool = False) -> None:
-        """Starts a refresh when one is due, and waits for `patience` seconds at most for what is wanted and not there."""
+        """Starts a refresh when one is due; waits `patience` seconds at most for what is wanted and not there."""
         with self._changed:
             now, known = time.monotonic(), self._models is not None
             self._wanted = self._wanted or details
@@ -4202,7 +4212,7 @@ class Catalogue:
             return [ModelInfo("")] + [told for info in loaded for told in self._ask(
                 f"/props?model={urllib.parse.quote(info.id, safe='')}", native, [info])]
         told = read_model({**payload, "id": models[0].id}) if len(models) == 1 else None
-        return [told] if told and (told.context or told.context_now or told.family or told.template or told.traits) else []
+        return [told] if told and any((told.context, told.context_now, told.family, told.template, told.traits)) else []
 
 
 def short_name(model_id: str) -> str:
@@ -4635,9 +4645,8 @@ class Context:
 
 # What goes to a server that our key is not meant for.
 STRANGERS_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
-_PLACEHOLDERS = frozenset((
-    "", "undefined", "null", "none", "ollama", "dummy", "test", "key", "token", "api-key", "lm-studio", "not-needed", "no-key",
-    "no-key-required", "sk-no-key-required", "api-key-not-set", "default-key", "okki", "changeme", "your-api-key"))
+_PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api-key lm-studio not-needed no-key
+    no-key-required sk-no-key-required api-key-not-set default-key okki changeme your-api-key""".split())
 
 
 def is_real_key(authorization: str) -> bool:
@@ -4888,7 +4897,13 @@ def list_models(request: Request, scope: Scope) -> Response:
     """GET /api/tags."""
     if scope.context.api() == "ollama":
         return relay_native(request, scope)
-    return json_response({"models": list(map(ollama_tag, scope.context.catalogue.models()))})
+    return Response(200, tags_of(scope.context.catalogue.models()))
+
+
+@functools.lru_cache(maxsize=4)
+def tags_of(models: Listing) -> bytes:
+    """The answer of /api/tags, which some clients ask for every second."""
+    return dump({"models": list(map(ollama_tag, models))})
 
 
 def list_running(request: Request, scope: Scope) -> Response:
@@ -5939,7 +5954,7 @@ def banner(server: ProxyServer) -> None:
 
 
 def check(config: Config) -> int:
-    """--check: asks the target through a real proxy on a free port, a plain line per finding; 0 when chats will work."""
+    """--check: asks the target through a real proxy on a free port, one line a finding; 0 when chats will work."""
     target = config.destination
     print(f"target     {target.url}" + (" with a key" if target.key else " without a key"))
     server = ProxyServer(Context(config._replace(no_log=True, debug=False, client_key="")), ("127.0.0.1", 0))
@@ -6066,7 +6081,10 @@ def main(argv: Optional[list] = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    try:
+        exit_status: Any = main()
+    except SystemExit as leaving:       # argparse: --help, --version, wrong usage
+        exit_status = leaving.code or 0
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
     os._exit(exit_status)               # daemon threads that still write would abort an interpreter that finalises
