@@ -847,13 +847,9 @@ def parse_image(value: Any) -> Optional[Image]:
 def call_id(*seed: Any) -> str:
     """Nine letters or digits, the only form every server takes (Mistral insists on it); the same for
     the same seed, so that a repeated history hits the target's prompt cache.  Random without seed."""
-    number = (int.from_bytes(hashlib.sha256(repr(seed).encode("utf-8", "replace")).digest()[:7], "big")
-              if seed else random.getrandbits(56))
-    letters = ""
-    for _ in range(9):
-        number, digit = divmod(number, 36)
-        letters += "0123456789abcdefghijklmnopqrstuvwxyz"[digit]
-    return letters
+    if not seed:
+        return f"{random.getrandbits(36):09x}"
+    return hashlib.sha256(repr(seed).encode("utf-8", "replace")).hexdigest()[:9]
 
 
 def parse_arguments(value: Any) -> Optional[dict]:
@@ -2783,8 +2779,10 @@ class Preset(NamedTuple):
     key_header: str = "authorization"
 
 
-_CUTS = Habits(think="template", limit_chat=True)
+_STRICT, _CUTS = Habits(strict=True), Habits(think="template", limit_chat=True)
 _NO_PENALTIES = {"seed": None, "presence_penalty": None, "frequency_penalty": None}
+_MISTRAL = Habits(strict=True, think="high", tool_ids="nine", bridge=True, dimensions="output_dimension")
+_AZURE_HOSTS = ("*.openai.azure.com", "*.cognitiveservices.azure.com", "*.services.ai.azure.com")
 
 PRESETS = {
     "lmstudio": Preset("http://localhost:1234", habits=Habits(think="template", ttl=True)),
@@ -2800,26 +2798,22 @@ PRESETS = {
     "mlx": Preset("http://localhost:8080", habits=_CUTS),
     "llamacpp-python": Preset("http://localhost:8000"),
     "ollama": Preset(f"http://localhost:{OLLAMA_PORT}", api="ollama"),
-    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", ("api.openai.com",), habits=Habits(strict=True)),
-    "azure": Preset("", "AZURE_OPENAI_API_KEY", ("*.openai.azure.com", "*.cognitiveservices.azure.com",
-                                                 "*.services.ai.azure.com"),
-                    habits=Habits(strict=True), key_header="api-key"),
+    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", ("api.openai.com",), habits=_STRICT),
+    "azure": Preset("", "AZURE_OPENAI_API_KEY", _AZURE_HOSTS, habits=_STRICT, key_header="api-key"),
     "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", ("openrouter.ai", "*.openrouter.ai"),
                          habits=Habits(think="reasoning"), strip_vendor=True),
     "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", ("api.deepseek.com",),
                        habits=Habits(strict=True, think="thinking", echo=("reasoning_content",))),
-    "groq": Preset("https://api.groq.com/openai/v1", "GROQ_API_KEY", ("api.groq.com",), habits=Habits(strict=True)),
-    "mistral": Preset("https://api.mistral.ai/v1", "MISTRAL_API_KEY", ("api.mistral.ai",),
-                      habits=Habits(strict=True, think="high", tool_ids="nine", bridge=True,
-                                    dimensions="output_dimension"),
+    "groq": Preset("https://api.groq.com/openai/v1", "GROQ_API_KEY", ("api.groq.com",), habits=_STRICT),
+    "mistral": Preset("https://api.mistral.ai/v1", "MISTRAL_API_KEY", ("api.mistral.ai",), habits=_MISTRAL,
                       lessons={"seed": "random_seed", "stream_options": None}),
     "together": Preset("https://api.together.xyz/v1", "TOGETHER_API_KEY", ("api.together.xyz", "api.together.ai"),
                        habits=Habits(think="reasoning")),
     "fireworks": Preset("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", ("api.fireworks.ai",),
                         habits=Habits()),
     "gemini": Preset("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY",
-                     ("generativelanguage.googleapis.com",), habits=Habits(strict=True), lessons=_NO_PENALTIES),
-    "xai": Preset("https://api.x.ai/v1", "XAI_API_KEY", ("api.x.ai",), habits=Habits(strict=True)),
+                     ("generativelanguage.googleapis.com",), habits=_STRICT, lessons=_NO_PENALTIES),
+    "xai": Preset("https://api.x.ai/v1", "XAI_API_KEY", ("api.x.ai",), habits=_STRICT),
 }
 
 
@@ -2916,6 +2910,13 @@ class Setting(NamedTuple):
         return self.flags.split()[0][2:].replace("-", "_")
 
     @property
+    def reader(self) -> Callable:
+        """What makes a value of a text: told by the metavar where that is a list of words, or nothing."""
+        words = self.metavar.split("|")
+        chosen = _one_of(*words) if words[1:] and self.metavar.islower() else self.parse
+        return chosen if self.metavar else _switch_value
+
+    @property
     def variables(self) -> tuple:
         """Environment variables in the order they are asked."""
         return ("OLLAMA_PROXY_" + self.field.upper(),) + tuple(self.env.split())
@@ -3009,8 +3010,7 @@ SETTINGS = (
     Setting("--target --lmstudio-url --base-url", "URL|PRESET", DEFAULT_TARGET,
             "whom we call; a URL without a path gets /v1, or the name of a preset: " + ", ".join(PRESETS),
             env="OLLAMA_BASE_URL"),
-    Setting("--target-api", "auto|openai|ollama", "auto",
-            "what the target speaks; auto asks it", _one_of("auto", "openai", "ollama")),
+    Setting("--target-api", "auto|openai|ollama", "auto", "what the target speaks; auto asks it"),
     Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
             "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434",
             parse_listen),
@@ -3018,57 +3018,47 @@ SETTINGS = (
     Setting("--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
     Setting("--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
     Setting("--client-key", "KEY", "", "key that clients must send (Bearer or x-api-key)", secret=True),
-    Setting("--forward-auth", "", False, "pass a client's own key on to the target", _switch_value),
+    Setting("--forward-auth", "", False, "pass a client's own key on to the target"),
     Setting("--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
             "value " + DEFAULT_FALLBACK, optional=DEFAULT_FALLBACK),
     Setting("--models-filter", "FILE", "", "which models exist: one name or glob a line, # comments, "
             "! excludes; models-filter.txt is read when present"),
     Setting("--alias", "NAME=ID", (), "another name for a model", parse_alias, repeat=";"),
     Setting("--tag", "TAG|none", "latest", "tag shown after an id without one"),
-    Setting("--strip-vendor", "", None, "show openai/gpt-4o as gpt-4o (default for openrouter)",
-            _switch_value),
-    Setting("--keep-vendor", "", None, "show ids with their vendor", _switch_value),
+    Setting("--strip-vendor", "", None, "show openai/gpt-4o as gpt-4o (default for openrouter)"),
+    Setting("--keep-vendor", "", None, "show ids with their vendor"),
     Setting("--reasoning", "separate|merge|drop", "separate",
-            "where thinking goes: its own field, the text between think tags, or nowhere",
-            _one_of("separate", "merge", "drop")),
+            "where thinking goes: its own field, the text between think tags, or nowhere"),
     Setting("--reasoning-field", "both|reasoning_content|reasoning", "both",
-            "the field that carries thinking on /v1 in front of an Ollama",
-            _one_of("both", "reasoning_content", "reasoning")),
+            "the field that carries thinking on /v1 in front of an Ollama"),
     Setting("--think-models", "LIST", (), "models of an Ollama target that always think, besides "
             + " and ".join(BUILT_IN_THINK_MODELS), comma_list, env="THINK_MODELS"),
     Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
             "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
-    Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes",
-            _one_of("chat", "completions")),
-    Setting("--default-context", "N", DEFAULT_CONTEXT,
-            "context length shown when the target does not tell", _number(int, 1)),
+    Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes"),
+    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the target tells none", _number(int, 1)),
     Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version"),
     Setting("--timeout", "S", 600.0, "longest silence of the target, in seconds", _number(float, 0.1)),
-    Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the target",
-            _number(float, 0.1)),
+    Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the target", _number(float, 0.1)),
     Setting("--client-timeout", "S", CLIENT_TIMEOUT,
             "longest wait for a client: a request head, its next request, its reading", _number(float, 0.1)),
     Setting("--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1)),
-    Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503",
-            _number(int, 1)),
+    Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503", _number(int, 1)),
     Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
     Setting("--origins", "LIST", (), "browser origins allowed besides Ollama's own defaults, such as "
             "'https://chat.example.com,chrome-extension://*'", comma_list, env="OLLAMA_ORIGINS"),
-    Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's",
-            env="SSL_CERT_FILE"),
+    Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's", env="SSL_CERT_FILE"),
     Setting("--client-cert", "FILE", "", "certificate and key (one PEM) shown to the target"),
-    Setting("--insecure", "", False, "do not check the target's certificate", _switch_value),
-    Setting("--header", "'K: V'", (), "a header for every request to the target", parse_header, repeat="\n",
-            secret=True),
+    Setting("--insecure", "", False, "do not check the target's certificate"),
+    Setting("--header", "'K: V'", (), "a header for all requests to the target", parse_header, repeat="\n", secret=True),
     Setting("--tls-cert", "FILE", "", "certificate for TLS towards clients"),
     Setting("--tls-key", "FILE", "", "its private key, when not in the same file"),
     Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
     Setting("--workers", "N", 1, "processes on one socket (POSIX)", _number(int, 1, 256)),
-    Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden", _switch_value),
-    Setting("--no-log", "", False, "print nothing but errors", _switch_value),
-    Setting("--demo", "", False, "start a tiny target inside and use it", _switch_value),
-    Setting("--check", "", False, "ask the target everything we need, print the findings, exit",
-            _switch_value),
+    Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden"),
+    Setting("--no-log", "", False, "print nothing but errors"),
+    Setting("--demo", "", False, "start a tiny target inside and use it"),
+    Setting("--check", "", False, "ask the target everything we need, print the findings, exit"),
 )
 
 
@@ -3124,14 +3114,14 @@ def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
     if texts is None:
         source = next((name for name in row.variables if environ.get(name, "").strip()), "default")
         if source == "default":
-            return row.parse(row.default) if isinstance(row.default, str) else row.default, source
+            return row.reader(row.default) if isinstance(row.default, str) else row.default, source
         texts = environ[source].strip().strip("'\"")
         if row.repeat:
             texts = [part for part in texts.split(row.repeat) if part.strip()]
     try:
         if row.repeat:
-            return tuple(row.parse(text) for text in texts), source
-        return row.parse(texts), source
+            return tuple(row.reader(text) for text in texts), source
+        return row.reader(texts), source
     except (ValueError, TypeError, BadRequest) as error:
         label = row.flags.split()[0] if source == "flag" else source
         shown = "***" if row.secret else one_line(texts if isinstance(texts, str) else "; ".join(texts), 100)
@@ -5824,22 +5814,19 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """GET /v1/models; everything else is not there."""
-        kinds = (("demo-chat", "llm"), ("demo-embed", "embeddings"))
         entries = [{"id": name, "object": "model", "created": 1700000000, "owned_by": "demo", "context_length": 8192,
-                    "type": kind} for name, kind in kinds]
-        found = self.path == "/v1/models"
-        self._answer({"object": "list", "data": entries} if found else {"error": {"message": f"no {self.path} here"}},
-                     200 if found else 404)
+                    "type": kind} for name, kind in (("demo-chat", "llm"), ("demo-embed", "embeddings"))]
+        self._answer({"object": "list", "data": entries} if self.path == "/v1/models" else None)
 
     def do_POST(self) -> None:
         """Chat, completions, embeddings."""
         body = load(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if body.get("model") not in ("demo-chat", "demo-embed"):
-            self._answer({"error": {"message": f"model {body.get('model')!r} does not exist"}}, 404)
+            self._answer(None)
         elif self.path == "/v1/embeddings":
             call = parse_openai_embed(body)
-            self._answer(render_openai_embeddings(call, call.model, [self._vector(text) for text in call.inputs],
-                                                  Usage(sum(len(text.split()) for text in call.inputs)), 0))
+            usage = Usage(sum(len(text.split()) for text in call.inputs))
+            self._answer(render_openai_embeddings(call, call.model, list(map(self._vector, call.inputs)), usage, 0))
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
             call = parse_openai_chat(body, "chat" if "chat" in self.path else "completion")
             events, encoder = self._events(call), OpenAIEncoder(call, Clock, 0, 0)
@@ -5848,7 +5835,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             else:
                 self._answer(load(encoder.fold(events)))
         else:
-            self._answer({"error": {"message": f"no {self.path} here"}}, 404)
+            self._answer(None)
 
     @staticmethod
     def _vector(text: str) -> list:
@@ -5881,9 +5868,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             time.sleep(self.pace)
         self.wfile.write(http_chunk(encoder.tail) + LAST_CHUNK)
 
-    def _answer(self, value: dict, status: int = 200) -> None:
-        data = dump(value)
-        self.send_response(status)
+    def _answer(self, value: Optional[dict]) -> None:
+        data = dump(value or {"error": {"message": f"no such model, or no {self.path} here"}})
+        self.send_response(200 if value else 404)
         self.send_header("Content-Type", JSON)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
