@@ -58,16 +58,15 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import collections
 import contextlib
-import email.utils
 import fnmatch
 import functools
 import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import ipaddress
 import itertools
 import json
@@ -121,7 +120,7 @@ MAX_HEADERS = 100
 MAX_BODY_BYTES = 128 * 1024 * 1024
 # A whole answer of the target: embeddings of a large batch reach tens of megabytes.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-MAX_INFLATED = 8 * 1024 * 1024   # out of one piece of READ_SIZE
+MAX_INFLATED = 8 * 1024 * 1024   # out of one piece of READ_SIZE: text shrinks tenfold, bombs a thousandfold
 MAX_ERROR_BYTES = 256 * 1024
 # One SSE event or NDJSON line.  Ollama's own client stops at 8 MB.
 MAX_LINE_BYTES = 32 * 1024 * 1024
@@ -354,7 +353,6 @@ class Dialect(NamedTuple):
 #
 #   ProxyError
 #   +-- BadRequest          400, 404, 405, 413, ...   the client's fault
-#   |   +-- Unauthorized    401
 #   +-- UpstreamError       502                       the target's
 #   |   +-- UpstreamRefused       its own 4xx or 5xx, passed on
 #   |   +-- UpstreamUnreachable   502
@@ -384,12 +382,6 @@ class BadRequest(ProxyError):
     """The client sent something that cannot be served."""
 
     status = 400
-
-
-class Unauthorized(BadRequest):
-    """The inbound key is missing or wrong."""
-
-    status = 401
 
 
 class UpstreamError(ProxyError):
@@ -754,35 +746,29 @@ class ChunkedDecoder:
             raise ValueError("chunk longer than its size, malformed size or trailer")
 
 
-def inflater(coding: str) -> Optional[Callable]:
-    """What takes a content coding off an answer: piece -> piece, and None at the end -> b"".  None without a coding.
+def inflater(coding: str, fault: Callable) -> Callable:
+    """What takes a content coding off, piece by piece (None is the end of the body): bytes -> bytes.
 
-    Raises BadUpstreamPayload for a coding that was not asked for, a broken body or one that is cut short.
+    Raises `fault(sentence, status)`, a sentence about "a body that ...", when that is impossible.
     """
-    if coding in ("", "identity"):
-        return None
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise BadUpstreamPayload(f"upstream compressed its answer as {one_line(coding, 40)}, which was not asked for")
-    inflate: Any = zlib.decompressobj(31) if coding != "deflate" else None
-    head = b""
+    inflate: Any = None
+    if coding in ("gzip", "x-gzip", "deflate"):
+        inflate = zlib.decompressobj(47)
+    elif coding == "zstd":
+        with contextlib.suppress(ImportError):      # Pythons before 3.14
+            inflate = importlib.import_module("compression.zstd").ZstdDecompressor()
+    if inflate is None:
+        raise fault(f"is compressed as {one_line(coding, 40)}, which is not understood here", 415)
 
     def step(data: Optional[bytes]) -> bytes:
-        nonlocal inflate, head
-        if data is None:
-            if inflate is None or not inflate.eof:
-                raise StreamTruncated("upstream closed the connection in the middle of its answer")
-            return b""
-        if inflate is None:             # "deflate" is zlib by the standard and raw by habit (RFC 9110 section 8.4.1.2)
-            data = head = head + data
-            if len(data) < 2:
-                return b""
-            inflate = zlib.decompressobj(15 if data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0 else -15)
+        if data is None and not inflate.eof:
+            raise fault("ends in the middle of its compression", 400)
         try:
-            data = inflate.decompress(data, MAX_INFLATED)
-        except zlib.error:
-            raise BadUpstreamPayload("upstream sent a broken compressed body") from None
-        if inflate.unconsumed_tail:
-            raise BadUpstreamPayload("upstream sent a compressed body that expands beyond reason")
+            data = inflate.decompress(data, MAX_INFLATED) if data and not inflate.eof else b""
+        except Exception:               # noqa: BLE001  each module has an error of its own
+            raise fault("is broken inside its compression", 400) from None
+        if not inflate.eof and (getattr(inflate, "unconsumed_tail", b"") or not getattr(inflate, "needs_input", True)):
+            raise fault("expands beyond reason", 413)
         return data
 
     return step
@@ -809,7 +795,7 @@ _MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "ima
 def sniff_media_type(data: str) -> str:
     """Media type of base64 `data` from its first bytes; image/jpeg when nothing is recognised."""
     try:
-        head = binascii.a2b_base64(data[:24] + "=" * (-len(data[:24]) % 4))
+        head = base64.b64decode(data[:24] + "=" * (-len(data[:24]) % 4))
     except ValueError:
         return "image/jpeg"
     if head[:4] == b"RIFF":
@@ -1039,27 +1025,19 @@ def parse_format(value: Any) -> Any:
                      'expected "json" or a valid JSON Schema object')
 
 
-_DURATION = re.compile(r"([0-9.]+)(ns|us|µs|μs|ms|s|m|h)")
-_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 
 
 def keep_alive_seconds(value: Any) -> Optional[float]:
     """`keep_alive` in all its forms -> seconds; negative is forever, None is not said or unreadable."""
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, (int, float)):
-        return float(value) if abs(value) < 1e12 else None
     text = str(value)[:64].strip().lower()
     if re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]*)?", text):
-        return float(text)                      # "300" and "-1", which Ollama refuses and clients send
-    sign, text = (-1.0, text[1:]) if text[:1] == "-" else (1.0, text.lstrip("+"))
-    parts = _DURATION.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return float(text)                      # numbers; and "300" and "-1", which Ollama refuses and clients send
+    if not re.fullmatch(rf"[-+]?(?:{_DURATION.pattern})+", text):
         return None
-    try:
-        return sign * sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    except ValueError:
-        return None
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
+    return -seconds if text[0] == "-" else seconds
 
 
 def require_model(body: dict) -> str:
@@ -1409,7 +1387,6 @@ class OllamaDecoder:
     """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
 
     frame_end = b"\n"
-    stamp = re.compile(rb'"created_at":"[^"\\\x00-\x1f]*"')     # other in each line
 
     def __init__(self, call: ChatCall) -> None:
         self._lines = LineDecoder()
@@ -1603,18 +1580,14 @@ def ollama_entry(info: ModelInfo) -> dict:
 def ollama_tag(info: ModelInfo) -> dict:
     """One entry of GET /api/tags (ollama-api 2.1)."""
     entry = {**ollama_entry(info), "modified_at": timestamp(info.created), "capabilities": list(info.capabilities)}
-    for key, value in (("context_length", info.context), ("embedding_length", info.embedding_length)):
-        if value:
-            entry["details"][key] = value
+    entry["details"].update(present(context_length=info.context, embedding_length=info.embedding_length))
     return entry
 
 
 def ollama_running(info: ModelInfo, now: float) -> dict:
     """One entry of GET /api/ps (ollama-api 2.2).  Servers do not say when they unload: never."""
-    entry = {**ollama_entry(info), "expires_at": timestamp(now + 292 * 31556952), "size_vram": info.size or 0}
-    if info.context_now:
-        entry["context_length"] = info.context_now
-    return entry
+    return {**ollama_entry(info), "expires_at": timestamp(now + 292 * 31556952), "size_vram": info.size or 0,
+            **present(context_length=info.context_now)}
 
 
 def ollama_show(info: ModelInfo, name: str, default_context: int) -> dict:
@@ -2043,7 +2016,6 @@ class OpenAIDecoder:
     """
 
     frame_end = b"\n\n"
-    stamp = re.compile(rb"(?!)")        # no two frames differ in their time
 
     def __init__(self, call: ChatCall) -> None:
         self._frames = FrameDecoder()
@@ -2685,7 +2657,6 @@ class Shortcut:
     def __init__(self, translation: Translation) -> None:
         self._decoder, self._encoder, self._translation = translation.decoder, translation.encoder, translation
         self.head = self._tail = b""   # what stands before and after a text
-        self._behind_stamp = b""        # if the head ends before a timestamp: what stands between that and the text
         self._lessons = self._LESSONS
 
     def feed(self, data: bytes) -> list:
@@ -2717,11 +2688,7 @@ class Shortcut:
             head, found, tail = frame.rpartition(text)
             if found and len(frame) < SHORT_FRAME \
                     and self._decoder.feed(head + b'"probe"' + tail) == [TextDelta("probe")]:
-                stamp = self._decoder.stamp.search(head)
-                self.head, self._behind_stamp = head + b'"', b""
-                if stamp:
-                    self.head, self._behind_stamp = head[:stamp.start()], head[stamp.end():] + b'"'
-                self._tail = b'"' + tail
+                self.head, self._tail = head + b'"', b'"' + tail
                 return
 
     def _cut(self, data: bytes, at: int) -> tuple[list, int]:
@@ -2729,10 +2696,6 @@ class Shortcut:
         texts: list = []
         for frame in data[at:].split(self._tail)[:-1]:
             text = frame[len(self.head):]
-            if self._behind_stamp:
-                stamp, _, text = text.partition(self._behind_stamp)
-                if not self._decoder.stamp.fullmatch(stamp):
-                    break
             plain = text if _PLAIN_TEXT.fullmatch(text) else rewritten(text)
             if plain is None or not frame.startswith(self.head):
                 break
@@ -2928,7 +2891,6 @@ def _number(kind: type, least: float, most: float = 1e12) -> Callable:
         if not least <= value <= most:
             raise ValueError(f"must be between {least:g} and {most:g}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
@@ -3050,7 +3012,7 @@ SETTINGS = (
     Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's", env="SSL_CERT_FILE"),
     Setting("--client-cert", "FILE", "", "certificate and key (one PEM) shown to the target"),
     Setting("--insecure", "", False, "do not check the target's certificate"),
-    Setting("--header", "'K: V'", (), "a header for all requests to the target", parse_header, repeat="\n", secret=True),
+    Setting("--header", "'K: V'", (), "a header for every target request", parse_header, repeat="\n", secret=True),
     Setting("--tls-cert", "FILE", "", "certificate for TLS towards clients"),
     Setting("--tls-key", "FILE", "", "its private key, when not in the same file"),
     Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
@@ -3578,7 +3540,10 @@ class Reply:
         # Length and chunks at once are what smuggling looks like: read as chunked, the connection is not used again.
         self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
             and (bodiless or chunked is (length is None))
-        self._inflate = None if bodiless else inflater(self.headers.get("content-encoding", "").strip().lower())
+        coding = self.headers.get("content-encoding", "").strip().lower()
+        plain = bodiless or coding in ("", "identity")
+        self._inflate = None if plain else inflater(
+            coding, lambda sentence, _: BadUpstreamPayload(f"upstream sent a body that {sentence}"))
         self._body = wire.body(0 if bodiless else self.length, chunked and not bodiless)
         wire.whole = False
 
@@ -3627,9 +3592,6 @@ class Reply:
             wire.close()
 
 
-_REDIRECTS = frozenset((301, 302, 303, 307, 308))
-
-
 class Upstream:
     """Connections to targets: pooled, kept alive, each request on one of them."""
 
@@ -3667,7 +3629,7 @@ class Upstream:
                 if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
             wire = self._dial(target, via, min(self._config.connect_timeout, patience))
-        if reply.status in _REDIRECTS:
+        if 300 <= reply.status < 400 and reply.status != 304:
             reply.close()
             where = reply.headers.get("location", "").partition("?")[0]
             where = f"{target.scheme}://{target.authority}{where}" if where[:1] == "/" else where or "nowhere"
@@ -4452,11 +4414,6 @@ class Request:
         self.route: Any = None
         self.started = time.monotonic_ns()
 
-    @property
-    def text(self) -> str:
-        """The body for --debug."""
-        return self.body.decode("utf-8", "replace") if isinstance(self.body, bytes) else "(a stream)"
-
 
 class Response:
     """What the client gets: `lines`, lists of pieces as they come, `length` bytes altogether if that is known; a whole
@@ -4544,9 +4501,8 @@ class Log:
 
     def close(self) -> None:
         """Waits a moment until what was logged is written."""
-        until = time.monotonic() + 1.0
-        while self._waiting and time.monotonic() < until:
-            time.sleep(0.01)
+        for _ in range(100):
+            time.sleep(0.01 if self._waiting else 0.0)
 
 
 class Context:
@@ -4868,14 +4824,10 @@ def embed(request: Request, scope: Scope) -> Response:
     return json_response(client.render_embeddings(call, call.model, vectors, usage, took))
 
 
-def constant(value: Any) -> Callable:
-    """An operation that always answers the same JSON."""
-    return lambda request, scope: json_response(value)
-
-
-def hello(request: Request, scope: Scope) -> Response:
-    """GET / in the words that clients look for."""
-    return Response(200, b"Ollama is running", TEXT)
+def constant(value: Any, media_type: str = JSON) -> Callable:
+    """An operation that always answers the same."""
+    body = dump(value) if media_type == JSON else value
+    return lambda request, scope: Response(200, body, media_type)
 
 
 def version(request: Request, scope: Scope) -> Response:
@@ -4976,8 +4928,7 @@ def openai_entry(info: ModelInfo, api: str) -> dict:
     """A list entry in OpenAI's form: the target's own where it speaks OpenAI."""
     if api == "ollama":
         return openai_model(info)
-    identifier = info.alias or info.id
-    return {**(info.raw or openai_model(info)), "id": identifier}
+    return {**(info.raw or openai_model(info)), "id": info.alias or info.id}
 
 
 # -- relays: same dialect on both sides
@@ -5171,7 +5122,7 @@ class Route(NamedTuple):
 
 # Everything else under /v1 is relayed.
 ROUTES = {
-    ("GET", "/"): Route(hello),
+    ("GET", "/"): Route(constant(b"Ollama is running", TEXT)),
     ("GET", "/health"): Route(constant({"status": "ok"}), OPENAI),      # of this process; /api/tags tells of the target
     ("GET", "/api/version"): Route(version),
     ("GET", "/api/status"): Route(constant({"cloud": {"disabled": True, "source": "config"}})),
@@ -5484,10 +5435,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """accept(); out of descriptors the listener stays ready: do not spin."""
         try:
             return super().get_request()
-        except BlockingIOError:
-            raise
-        except OSError:
-            time.sleep(0.05)
+        except OSError as error:
+            time.sleep(0.0 if isinstance(error, BlockingIOError) else 0.05)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -5620,9 +5569,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             context.client_key(request)     # with --forward-auth lists are asked with it, too
             request.route = match(request, context)
             request.body = self._body(request)
-            if context.log.debugging:
-                said = f" - Body: {request.text}" if request.body else ""
-                context.log.debug(f"{request.method} {request.path}{said}")
+            if isinstance(request.body, bytes) and request.body:
+                context.log.data(f"{request.method} {request.path} - Body", request.body)
+            else:
+                context.log.debug(f"{request.method} {request.path}")
             return request.route.operation(request, scope)
         except ClientGone:
             raise
@@ -5669,8 +5619,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         offered = [given.strip() if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
         if not any([hmac.compare_digest(text.encode("latin-1"), key.encode("utf-8")) for text in offered]):
-            raise Unauthorized("missing or wrong key: send it as Authorization: Bearer KEY or x-api-key",
-                               headers=[("WWW-Authenticate", "Bearer")])
+            raise BadRequest("missing or wrong key: send it as Authorization: Bearer KEY or x-api-key", 401,
+                             [("WWW-Authenticate", "Bearer")])
 
     # -- reading
 
@@ -5686,13 +5636,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         pieces = wire.body(request.length, request.chunked)
         if streams:
             return pieces
-        found, size = [], 0
+        coding, found, size = request.headers.get("content-encoding", "").strip().lower(), [], 0
+        if coding not in ("", "identity"):
+            pieces = map(inflater(coding, unreadable), itertools.chain(pieces, [None]))
         for piece in pieces:
             found.append(piece)
             size += len(piece)
             if size > limit:
                 raise too_large(limit)
-        return unpack_body(b"".join(found), request.headers.get("content-encoding", "").strip().lower(), limit)
+        return b"".join(found)
 
     # -- writing
 
@@ -5726,7 +5678,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             lines.append("Transfer-Encoding: chunked")
         if not keep or self.asked.version == 0:
             lines.append("Connection: keep-alive" if keep else "Connection: close")
-        lines.append(f"Date: {http_date(int(time.time()))}\r\n\r\n")
+        lines.append(f"Date: {self.date_time_string()}\r\n\r\n")
         return "\r\n".join(lines).encode("latin-1", "replace")
 
     def send(self, response: Response) -> None:
@@ -5769,32 +5721,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 pass
 
 
-@functools.lru_cache(maxsize=4)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+def unreadable(sentence: str, status: int) -> BadRequest:
+    return BadRequest(f"the request has a body that {sentence}", status, close=True)
 
 
 def too_large(limit: int) -> BadRequest:
     return BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413, close=True)
-
-
-def unpack_body(body: bytes, coding: str, limit: int) -> bytes:
-    """A request body without its Content-Encoding.  Raises BadRequest 400, 413 or 415."""
-    if coding in ("", "identity"):
-        return body
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise BadRequest(f"request bodies compressed as {one_line(coding, 40)} are not understood", 415)
-    inflate = zlib.decompressobj(47)
-    limit = min(limit, max(1 << 20, 50 * len(body)))        # text shrinks tenfold, bombs a thousandfold
-    try:
-        body = inflate.decompress(body, limit + 1)
-    except zlib.error:
-        raise BadRequest("the compressed request body is broken") from None
-    if len(body) > limit:
-        raise BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413)
-    if not inflate.eof:
-        raise BadRequest("the compressed request body is broken")
-    return body
 
 # ----------------------------------------------------------------------------
 # Room 15.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
@@ -5807,7 +5739,6 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    pace = 0.0                          # seconds between words
 
     def log_message(self, format: str, *args: Any) -> None:     # noqa: A002  the parent's name for it
         """Silent: the proxy logs."""
@@ -5865,7 +5796,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for event in events:
             self.wfile.write(http_chunk(encoder.encode(event)))
-            time.sleep(self.pace)
+            time.sleep(self.server.pace)
         self.wfile.write(http_chunk(encoder.tail) + LAST_CHUNK)
 
     def _answer(self, value: Optional[dict]) -> None:
@@ -5883,7 +5814,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, pace: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), type("PacedDemoHandler", (DemoHandler,), {"pace": pace}))
+        super().__init__(("127.0.0.1", 0), DemoHandler)
+        self.pace = pace                # seconds between words
         threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
 
     @property
@@ -6022,13 +5954,9 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
     for _ in range(count - 1):
         pid = os.fork()
         if pid == 0:
-            os.close(writer)
-
-            def follow() -> None:
-                os.read(reader, 1)      # returns when the first process is gone, however it went
-                os.kill(os.getpid(), signal.SIGTERM)
-
-            threading.Thread(target=follow, daemon=True).start()
+            os.close(writer)            # so that the read returns when the first process is gone, however it went
+            ended = lambda: (os.read(reader, 1), os.kill(os.getpid(), signal.SIGTERM))     # noqa: E731
+            threading.Thread(target=ended, daemon=True).start()
             os._exit(serve(ProxyServer(Context(config), config.address, server.socket), quiet=True))
         children.append(pid)
     status = serve(server, workers=children)

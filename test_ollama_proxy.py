@@ -3686,8 +3686,8 @@ def deflated(data, wbits):
     return packer.compress(data) + packer.flush()
 
 
-@cases("coding, wbits", [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("deflate", -15)],
-       ids=["gzip", "x-gzip", "deflate", "deflate without its head"])
+@cases("coding, wbits", [("gzip", 31), ("x-gzip", 31), ("deflate", 15)],
+       ids=["gzip", "x-gzip", "deflate"])
 def test_compressed_answers_are_unpacked_however_they_are_cut(start, target, coding, wbits):
     packed = deflated(HELLO, wbits)
     head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: {coding}\r\n".encode()
