@@ -110,7 +110,8 @@ HOP_BY_HOP = frozenset((
 PRIVATE_HEADERS = frozenset((
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length", "expect", "origin",
     "referer", "accept-encoding", "forwarded", "x-forwarded-for", "x-forwarded-host",
-    "x-forwarded-proto", "x-real-ip"))
+    "x-forwarded-proto", "x-real-ip", "user-agent"))
+ACCOUNT_HEADERS = frozenset(("openai-organization", "openai-project"))
 
 # Node allows 16 KiB of headers, nginx 4 x 8 KiB, Apache 100 fields; clients behind corporate
 # single sign-on send large cookies, hence 64 KiB.
@@ -325,8 +326,18 @@ class Habits(NamedTuple):
     strict: bool = False            # refuses keys it does not know: send nothing beyond the standard
     think: str = "effort"           # which switch turns reasoning on and off: a key of THINK_SWITCHES
     echo: tuple = ()                # what it wants back with tool calls: "extra_content", ...
-    tool_ids: str = ""              # "nine": ids of exactly nine letters or digits
+    tool_ids: str = ""              # "nine": ids of nine letters or digits; "plain": of letters, digits, - and _
+    tool_names: bool = False        # names of tools hold letters, digits, - and _ alone
+    plain_schemas: bool = False     # schemas of tools hold only what Ollama knows of JSON Schema
     bridge: bool = False            # an assistant turn must stand between tool results and a user turn
+    merge: bool = False             # neighbouring turns of one role are not taken
+    system: str = ""                # "first": one system turn, at the beginning; "user": none at all
+    known_roles: bool = False       # only system, user, assistant and tool are taken
+    filler: str = ""                # what stands for empty content
+    prefix: bool = False            # an assistant turn to be continued says so
+    stream: str = ""                # "never" or "always"
+    batch: int = 0                  # most texts in one request for embeddings
+    infill: bool = False            # has /infill, and no suffix in /completions
     fill_reasoning: bool = False    # every assistant turn must carry reasoning_content
     dimensions: str = "dimensions"  # its name for the length of an embedding
     ttl: bool = False               # knows `ttl` seconds, the counterpart of keep_alive
@@ -455,22 +466,30 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def dump(value: Any) -> bytes:
-    """Compact ASCII JSON.  A number beyond what JSON can hold (a model's 1e999) becomes null.  Raises BadRequest
-    for absurd nesting."""
+    """Compact ASCII JSON that strict readers take: a number beyond what JSON can hold (a model's 1e999) becomes null,
+    half a surrogate pair U+FFFD.  Raises BadRequest for absurd nesting."""
     try:
-        return _encode_json(value).encode("ascii")
+        text = _encode_json(value)
+        return (text if "\\ud" not in text else _encode_json(_strict(value))).encode("ascii")
     except ValueError:
-        return _encode_json(_finite(value)).encode("ascii")
+        return _encode_json(_strict(value)).encode("ascii")
     except RecursionError:
         raise BadRequest("nested too deeply") from None
 
 
-def _finite(value: Any) -> Any:
+def _strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {_strict(key): _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return list(map(_strict, value))
+    if isinstance(value, str):
+        return whole_pairs(value)
     return value if not isinstance(value, float) or value - value == 0 else None
+
+
+def whole_pairs(text: str) -> str:
+    """`text` with halves of surrogate pairs joined; one that is alone becomes U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def json_depth(data: bytes) -> int:
@@ -746,19 +765,18 @@ class ChunkedDecoder:
             raise ValueError("chunk longer than its size, malformed size or trailer")
 
 
+CODINGS = frozenset(("", "identity", "gzip", "x-gzip", "deflate", *(("zstd",) if sys.version_info >= (3, 14) else ())))
+
+
 def inflater(coding: str, fault: Callable) -> Callable:
     """What takes a content coding off, piece by piece (None is the end of the body): bytes -> bytes.
 
     Raises `fault(sentence, status)`, a sentence about "a body that ...", when that is impossible.
     """
-    inflate: Any = None
-    if coding in ("gzip", "x-gzip", "deflate"):
-        inflate = zlib.decompressobj(47)
-    elif coding == "zstd":
-        with contextlib.suppress(ImportError):      # Pythons before 3.14
-            inflate = importlib.import_module("compression.zstd").ZstdDecompressor()
-    if inflate is None:
+    if coding not in CODINGS:
         raise fault(f"is compressed as {one_line(coding, 40)}, which is not understood here", 415)
+    inflate: Any = importlib.import_module("compression.zstd").ZstdDecompressor() if coding == "zstd" \
+        else zlib.decompressobj(47)
 
     def step(data: Optional[bytes]) -> bytes:
         if data is None and not inflate.eof:
@@ -849,7 +867,7 @@ def parse_arguments(value: Any) -> Optional[dict]:
             value = load_or_none(text.encode("utf-8", "surrogatepass")) if text not in ("", "null") else None
             if value is None and text not in ("", "null"):
                 return None
-        if value is None:
+        if value in (None, []):         # PHP's empty map
             return {}
         if isinstance(value, dict):
             return value
@@ -867,6 +885,10 @@ def schema_of(parameters: Any) -> dict:
     if _SCHEMA_KEYS.isdisjoint(parameters) and all(isinstance(value, dict) for value in parameters.values()):
         return {"type": "object", "properties": parameters}     # a bare property map
     schema = {key: value for key, value in parameters.items() if key != "$schema" and value is not None}
+    if isinstance(schema.get("type"), list):        # nullable roots: arguments are an object anyway
+        schema["type"] = "object"
+    if not isinstance(schema.get("properties", {}), dict):
+        schema["properties"] = {}                   # PHP's empty map
     if schema.keys().isdisjoint(("type", "anyOf", "oneOf", "allOf", "$ref")):
         schema = {"type": "object", **schema}
     if schema.get("type") == "object":
@@ -1040,6 +1062,17 @@ def keep_alive_seconds(value: Any) -> Optional[float]:
     return -seconds if text[0] == "-" else seconds
 
 
+def parse_keep_alive(value: Any) -> Any:
+    """`keep_alive` in a form that Ollama takes; "300" and "-1", which it refuses and clients send, as numbers.
+
+    Raises BadRequest for what is no duration.
+    """
+    seconds = keep_alive_seconds(value)
+    if value is not None and (seconds is None or isinstance(value, bool)):
+        raise BadRequest(f'invalid keep_alive {one_line(json.dumps(value), 40)}: seconds, or a duration such as "5m"')
+    return seconds if isinstance(value, str) and value.strip()[-1:].isdigit() else value
+
+
 def require_model(body: dict) -> str:
     """The model's name, under its present or its legacy key; "" when there is none."""
     return (body.get("model") or body.get("name") or "").strip()
@@ -1052,7 +1085,7 @@ def parse_tools(value: Iterable) -> tuple:
         tool = typed(tool, TOOL_FIELDS, "tools")
         function = typed(tool.get("function", tool), TOOL_FIELDS, "function")
         if tool.get("type", "function") != "function":
-            continue
+            raise BadRequest(f"tools of type {one_line(tool['type'], 40)} are not supported: only functions are")
         if not function.get("name"):
             raise BadRequest("a tool has no name")
         strict = function.get("strict")
@@ -1110,8 +1143,8 @@ def parse_call(call: Any) -> ToolCall:
     function = typed(call.get("function", call), CALL_FIELDS)
     name = function.get("name") or "unknown"
     arguments = parse_arguments(function.get("arguments"))
-    if arguments is None:
-        raise BadRequest(f"invalid tool call arguments of {one_line(name, 60)}: a JSON object is expected")
+    if arguments is None:               # what a model once wrote stays in the history: it must not end the chat
+        arguments = {"arguments": function["arguments"]}
     return ToolCall(call.get("id", ""), name, arguments)
 
 
@@ -1146,7 +1179,7 @@ def _common(body: dict) -> dict:
                       num_predict=body.get("max_output_tokens")), **wire}
     options, extra = parse_options(wire)
     return dict(options=options, extra=extra, think=parse_think(body.get("think")),
-                keep_alive=body.get("keep_alive", wire.get("keep_alive")),
+                keep_alive=parse_keep_alive(body.get("keep_alive", wire.get("keep_alive"))),
                 format=parse_format(body.get("format", wire.get("format"))),
                 stream=body.get("stream", True), logprobs=parse_logprobs(body), want_usage=True)
 
@@ -1257,7 +1290,7 @@ def parse_ollama_embed(body: dict, legacy: bool = False) -> EmbedCall:
     first, second = ("prompt", "input") if legacy else ("input", "prompt")
     dimensions = body.get("dimensions", 0)
     return EmbedCall(model, parse_inputs(body.get(first, body.get(second))), dimensions if dimensions > 0 else None,
-                     legacy, keep_alive=body.get("keep_alive"), truncate=body.get("truncate"),
+                     legacy, keep_alive=parse_keep_alive(body.get("keep_alive")), truncate=body.get("truncate"),
                      options=body.get("options", {}))
 
 
@@ -1290,8 +1323,13 @@ def ollama_calls(calls: Iterable) -> list:
             for at, call in enumerate(calls)]
 
 
-def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0, budget: Optional[list] = None) -> Any:
-    """A tool schema with local $ref put in place, since Ollama drops references (ollama-api 2.4).
+_KEPT_KEYWORDS = ("type", "anyOf", "items", "description", "enum", "properties", "required")
+
+
+def plain_schema(schema: Any, root: Optional[dict] = None, strictly: bool = False, depth: int = 0,
+                 budget: Optional[list] = None) -> dict:
+    """A tool's schema in what Ollama keeps of JSON Schema (ollama-api 2.4): references put in place, oneOf as anyOf,
+    const as enum, booleans as objects.  `strictly` leaves out what it would drop.
 
     Raises BadRequest for one that grows beyond 10,000 places by that.
     """
@@ -1299,11 +1337,13 @@ def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0,
     budget[0] -= 1
     if budget[0] < 0:
         raise BadRequest("a tool's schema refers to itself too often")
-    if isinstance(schema, list):
-        return [resolve_references(item, root, depth, budget) for item in schema]
     if not isinstance(schema, dict):
-        return schema
+        return {}                       # true: anything
     root = schema if root is None else root
+
+    def inner(value: Any) -> dict:
+        return plain_schema(value, root, strictly, depth, budget)
+
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/") and depth < 8:
         found: Any = root
@@ -1311,22 +1351,59 @@ def resolve_references(schema: Any, root: Optional[dict] = None, depth: int = 0,
             found = as_dict(found).get(part.replace("~1", "/").replace("~0", "~"))
         if isinstance(found, dict):
             rest = {key: value for key, value in schema.items() if key != "$ref"}
-            return resolve_references({**found, **rest}, root, depth + 1, budget)
-    return {key: resolve_references(value, root, depth, budget) for key, value in schema.items()
-            if key not in ("$defs", "definitions")}
+            return plain_schema({**found, **rest}, root, strictly, depth + 1, budget)
+    plain: dict = {}
+    for key, value in schema.items():
+        if key == "properties":
+            plain[key] = {name: inner(item) for name, item in as_dict(value).items()}
+        elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
+            plain["anyOf" if key == "oneOf" else key] = list(map(inner, value))
+        elif key == "const":
+            plain["enum"] = [value]
+        elif key == "items":
+            plain[key] = inner(value)
+        elif key not in ("$defs", "definitions"):
+            plain[key] = value
+    if strictly and plain.get("type") == "array":
+        plain.setdefault("items", {})
+    return {key: value for key, value in plain.items() if key in _KEPT_KEYWORDS or not strictly}
+
+
+def arrange(messages: tuple, habits: Habits) -> tuple:
+    """The history as a target wants it: known roles, one system text, no neighbours of one role, nothing empty."""
+    if habits.known_roles:
+        messages = tuple(turn if turn.role in ("system", "user", "assistant", "tool") else turn._replace(role="system")
+                         for turn in messages)
+    if habits.system:
+        texts = [turn.content for turn in messages if turn.role == "system"]
+        messages = tuple(turn for turn in messages if turn.role != "system")
+        if texts:
+            messages = (Message("system" if habits.system == "first" else "user", "\n\n".join(texts)),) + messages
+    if habits.merge or habits.system == "user":
+        joined: list = []
+        for turn in messages:
+            last = joined[-1] if joined else None
+            if last is not None and last.role == turn.role != "tool" and not last.tool_calls and not turn.tool_calls:
+                text = "\n\n".join(filter(None, (last.content, turn.content)))
+                joined[-1] = last._replace(content=text, images=last.images + turn.images)
+            else:
+                joined.append(turn)
+        messages = tuple(joined)
+    return tuple(turn._replace(content=habits.filler) if habits.filler and not turn.content.strip() and not turn.images
+                 and not turn.tool_calls else turn for turn in messages)
 
 
 def render_ollama_chat(call: ChatCall, habits: Habits, context: Optional[int] = None) -> WireRequest:
     """ChatCall -> POST /api/chat, or /api/generate for a plain prompt, of a real Ollama."""
-    del habits, context                         # an Ollama behaves like an Ollama
+    del context
     body: dict = {"model": call.model, "stream": call.stream}
     if call.prompt is None:
         names: dict = {}
-        body["messages"] = [render_ollama_message(message, names) for message in call.messages]
+        body["messages"] = [render_ollama_message(message, names) for message in arrange(call.messages, habits)]
         if call.offered and call.tool_choice != "none":
             body["tools"] = [{"type": "function", "function": {
                 "name": tool.name, "description": tool.description,
-                "parameters": resolve_references(tool.parameters)}} for tool in call.offered]
+                "parameters": plain_schema(tool.parameters)}} for tool in call.offered]
     else:
         body.update(prompt=call.prompt, **present(suffix=call.suffix or None))
     body.update(present(options=render_ollama_options(call) or None, format=call.format, think=call.think,
@@ -1642,6 +1719,8 @@ THINK_SWITCHES = {
                  lambda level: {"thinking": {"type": "enabled"}, "reasoning_effort": level}),
     "high": ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, lambda level: {"reasoning_effort": "high"}),
 }
+# Options that only an Ollama has, at the top level where bridges such as LiteLLM take them from.
+OLLAMA_ONLY = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap")
 # Fields of requests and their JSON types; `object` may be anything.
 OPENAI_FIELDS = {
     **{wire: OPTION_KINDS.get(name, float) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires},
@@ -1665,8 +1744,10 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
     options = {name: body[wire] for name, wires in OPENAI_OPTION_KEYS.items() for wire in reversed(wires)
                if wire in body and name != "stop"}
     options.update(present(stop=parse_stop(body.get("stop")) or None, max_tokens=body.get("max_completion_tokens")))
-    call = ChatCall(model, face, options=options, extra=body.get("options", {}), stream=body.get("stream", False),
-                    keep_alive=body.get("keep_alive"), think=parse_effort(body),
+    above = {name: body[name] for name in OLLAMA_ONLY if name in body}
+    own, extra = parse_options({**above, **body.get("options", {})})
+    call = ChatCall(model, face, options={**options, **own}, extra=extra, stream=body.get("stream", False),
+                    keep_alive=parse_keep_alive(body.get("keep_alive")), think=parse_effort(body),
                     format=parse_response_format(body.get("response_format")),
                     want_usage=bool(body.get("stream_options", {}).get("include_usage")))
     if face == "completion":
@@ -1680,24 +1761,36 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
     if not body.get("messages"):
         raise BadRequest("[] is too short - 'messages'")
     return call._replace(messages=tie_results(tuple(map(parse_message, body["messages"]))),
-                         tools=parse_tools(body.get("tools", ())),
-                         tool_choice=parse_tool_choice(body.get("tool_choice")), logprobs=parse_logprobs(body))
+                         logprobs=parse_logprobs(body), **parse_choice(body))
+
+
+def parse_choice(body: dict) -> dict:
+    """`tools` and `tool_choice` as arguments of ChatCall; {"type": "allowed_tools"} leaves the others out."""
+    tools, choice = parse_tools(body.get("tools", ())), body.get("tool_choice")
+    allowed = as_dict(as_dict(choice).get("allowed_tools"))
+    if allowed:
+        names = {parse_tool_choice(tool) for tool in as_list(allowed.get("tools"))}
+        tools, choice = tuple(tool for tool in tools if (tool.name,) in names), allowed.get("mode")
+    return {"tools": tools, "tool_choice": parse_tool_choice(choice)}
 
 
 def parse_effort(body: dict) -> Any:
-    """think, reasoning.effort, reasoning_effort or chat_template_kwargs -> None, bool or level."""
+    """What a client says of thinking, in any spelling (OpenAI's, OpenRouter's, DeepSeek's, Qwen's, vLLM's) -> None,
+    bool or level."""
     if "think" in body:
         return parse_think(body["think"])
-    reasoning = as_dict(body.get("reasoning"))
-    effort = reasoning.get("effort", body.get("reasoning_effort"))
-    if effort in (None, ""):
-        enabled = reasoning.get("enabled", as_dict(body.get("chat_template_kwargs")).get("enable_thinking"))
-        return enabled if isinstance(enabled, bool) else None
-    word = as_text(effort).lower()
-    if word not in EFFORTS:
-        raise BadRequest(f"invalid reasoning effort {one_line(json.dumps(effort), 40)}: none, minimal, low, medium, "
-                         "high, xhigh or max is expected")
-    return EFFORTS[word]
+    reasoning, template = as_dict(body.get("reasoning")), as_dict(body.get("chat_template_kwargs"))
+    for effort in (reasoning.get("effort"), body.get("reasoning_effort"), template.get("reasoning_effort")):
+        if effort not in (None, ""):
+            word = as_text(effort).lower()
+            if word not in EFFORTS:
+                raise BadRequest(f"invalid reasoning effort {one_line(json.dumps(effort), 40)}: none, minimal, low, "
+                                 "medium, high, xhigh or max is expected")
+            return EFFORTS[word]
+    kind = {"disabled": False, "enabled": True}.get(as_text(as_dict(body.get("thinking")).get("type")))
+    switches = (kind, reasoning.get("enabled"), body.get("enable_thinking"), template.get("enable_thinking"),
+                template.get("thinking"), template.get("enable_reasoning"))
+    return next((switch for switch in switches if isinstance(switch, bool)), None)
 
 
 def parse_response_format(value: Any) -> Any:
@@ -1788,7 +1881,8 @@ def _waiting_call(waiting: list, result: Message) -> Optional[tuple]:
 def render_openai_message(message: Message, habits: Habits) -> list[dict]:
     """One turn as OpenAI writes it; pictures that only users may show follow as a turn of theirs."""
     shown = [{"role": "user", "content": render_parts("", message.images)}] if message.images else []
-    ident = nine if habits.tool_ids == "nine" else str
+    ident = {"nine": nine, "plain": plain_id}.get(habits.tool_ids, str)
+    named = plain_name if habits.tool_names else str
     if message.role == "tool":
         return [{"role": "tool", "tool_call_id": ident(message.tool_call_id), "content": message.content}] + shown
     if message.role != "assistant":
@@ -1805,7 +1899,7 @@ def render_openai_message(message: Message, habits: Habits) -> list[dict]:
     for call in message.tool_calls:
         extra = call.extra or {}
         turn["tool_calls"].append({"id": ident(call.id), "type": "function", **extra.get("call", {}), "function": {
-            "name": call.name, "arguments": dump(call.arguments).decode()}})
+            "name": named(call.name), "arguments": dump(call.arguments).decode()}})
         turn.update((key, value) for key, value in extra.get("message", {}).items()
                     if key != "reasoning_content" or key in habits.echo)
     return ([turn] if message.content or message.tool_calls else []) + shown
@@ -1814,6 +1908,18 @@ def render_openai_message(message: Message, habits: Habits) -> list[dict]:
 def nine(identifier: str) -> str:
     """An id Mistral accepts: itself when it is nine letters or digits, else nine that stand for it."""
     return identifier if re.fullmatch("[A-Za-z0-9]{9}", identifier) else call_id("nine", identifier)
+
+
+def plain_id(identifier: str) -> str:
+    """An id of letters, digits, - and _."""
+    return identifier if re.fullmatch("[A-Za-z0-9_-]{1,64}", identifier) else call_id("plain", identifier)
+
+
+def plain_name(name: str) -> str:
+    """A tool's name in the letters that OpenAI takes; the digest keeps two of them apart."""
+    if re.fullmatch("[A-Za-z0-9_-]{1,64}", name):
+        return name
+    return re.sub("[^A-Za-z0-9_-]", "_", name)[:50] + "_" + digest_of(name)[:8]
 
 
 def render_parts(text: str, images: tuple) -> list[dict]:
@@ -1833,7 +1939,7 @@ def render_openai_messages(messages: tuple, habits: Habits) -> list[dict]:
     """The whole history; with `habits.bridge` an assistant turn keeps results and questions apart."""
     wire: list[dict] = []
     late: list[dict] = []           # pictures beside calls and results wait until all results stand together
-    for message in tie_results(messages):
+    for message in tie_results(arrange(messages, habits)):
         turns = render_openai_message(message, habits)
         if message.role == "tool" or message.tool_calls:
             late += turns[1:]
@@ -1843,6 +1949,8 @@ def render_openai_messages(messages: tuple, habits: Habits) -> list[dict]:
         if habits.bridge and wire and wire[-1]["role"] == "tool" and turns and turns[0]["role"] == "user":
             wire.append({"role": "assistant", "content": "OK."})
         wire += turns
+    if habits.prefix and wire and wire[-1]["role"] == "assistant":
+        wire[-1]["prefix"] = True
     return wire + late
 
 
@@ -1855,14 +1963,16 @@ def room_for_answer(call: ChatCall, context: Optional[int]) -> int:
 def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = None) -> WireRequest:
     """ChatCall -> POST /chat/completions, or /completions for a plain prompt.  Only what was asked for
     is sent: strict servers refuse even harmless defaults."""
-    chat = call.prompt is None
+    chat, stream = call.prompt is None, {"never": False, "always": True}.get(habits.stream, call.stream)
+    if call.suffix and habits.infill:
+        return render_infill(call, stream)
     body: dict = {"model": call.model}
     if chat:
         body["messages"] = render_openai_messages(call.messages, habits)
     else:
         body.update(prompt=call.prompt, **present(suffix=call.suffix or None))
-    body["stream"] = call.stream
-    if call.stream:
+    body["stream"] = stream
+    if stream:
         body["stream_options"] = {"include_usage": True}
     body.update((wire, call.options[name]) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires
                 if name in call.options and (name in OPENAI_STANDARD or not habits.strict))
@@ -1870,8 +1980,9 @@ def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
         body["max_tokens"] = room_for_answer(call, context)
     if chat and call.offered:
         body["tools"] = [{"type": "function", "function": present(
-            name=tool.name, description=tool.description or None, parameters=tool.parameters, strict=tool.strict)}
-            for tool in call.offered]
+            name=plain_name(tool.name) if habits.tool_names else tool.name, description=tool.description or None,
+            parameters=plain_schema(tool.parameters, strictly=True) if habits.plain_schemas else tool.parameters,
+            strict=tool.strict)} for tool in call.offered]
         body.update(present(tool_choice="required" if isinstance(call.tool_choice, tuple) else call.tool_choice))
     if chat and call.think is not None:
         off, on, level = THINK_SWITCHES[habits.think]
@@ -1886,6 +1997,13 @@ def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
     if habits.ttl and seconds and seconds > 0:
         body["ttl"] = max(1, int(seconds))
     return WireRequest("/chat/completions" if chat else "/completions", body)
+
+
+def render_infill(call: ChatCall, stream: bool) -> WireRequest:
+    """A prompt with a suffix -> POST /infill of llama.cpp, whose /completions has no suffix."""
+    options = {OLLAMA_OPTION_KEYS[name]: value for name, value in call.options.items() if name != "max_tokens"}
+    return WireRequest("/infill", {"model": call.model, "input_prefix": call.prompt, "input_suffix": call.suffix,
+                                   "stream": stream, **present(n_predict=call.options.get("max_tokens")), **options})
 
 
 def render_openai_embed(call: EmbedCall, habits: Habits) -> WireRequest:
@@ -1952,7 +2070,7 @@ class ToolAssembler:
         else:
             call = None if name or not self._calls else self._calls[-1]
         if call is None:
-            call = {"id": "", "name": "", "text": "", "object": None, "extra": {}}
+            call = {"id": "", "name": "", "text": "", "last": "", "object": None, "extra": {}}
             self._calls.append(call)
             if isinstance(index, int):
                 self._by_index[index] = call
@@ -1960,6 +2078,7 @@ class ToolAssembler:
         call["name"] = call["name"] or name
         if isinstance(arguments, str):
             call["text"] += arguments
+            call["last"] = arguments or call["last"]
         elif isinstance(arguments, dict):
             call["object"] = {**(call["object"] or {}), **arguments}
         if isinstance(fragment.get("extra_content"), dict):
@@ -1982,6 +2101,8 @@ class ToolAssembler:
             if not call["name"]:
                 continue
             arguments = call["object"] if call["object"] is not None else parse_arguments(call["text"])
+            if arguments is None:       # some servers repeat the whole in the last fragment, or in each
+                arguments = parse_arguments(call["last"])
             if arguments is None:
                 if cut:
                     continue
@@ -2026,13 +2147,15 @@ class OpenAIDecoder:
         self._timings: dict = {}
         self._reason = ""
         self._any = False               # something came that was an answer
+        self._half = ""                 # of a surrogate pair whose other half comes in another frame
+        self._names = {plain_name(tool.name): tool.name for tool in call.tools}
         self._alternatives = call.logprobs
         self.done = self.whole = False
 
     @property
     def plain(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
-        return self._alternatives is None and not self.done and not self._reason and self._frames.idle
+        return self._alternatives is None and not (self.done or self._reason or self._half) and self._frames.idle
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete frames.  A Failure or Finish is the last one, ever."""
@@ -2088,8 +2211,14 @@ class OpenAIDecoder:
         self._take_usage(value.get("usage"))
         self._take_usage(as_dict(value.get("x_groq")).get("usage"))
         self._timings = as_dict(value.get("timings")) or self._timings
+        choices = as_list(value.get("choices"))
+        if "stop" in value and not choices:     # llama.cpp's /infill
+            cut = as_text(value.get("stop_type")) == "limit"
+            choices = [{"text": value.get("content"), "finish_reason": cut and "length" or value["stop"] and "stop"}]
+            self._take_usage({"prompt_tokens": value.get("tokens_evaluated"),
+                              "completion_tokens": value.get("tokens_predicted")})
         events: list = []
-        for choice in as_list(value.get("choices")):
+        for choice in choices:
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 self.whole = whole or ("message" in choice and "delta" not in choice)
                 events += self._choice(choice)
@@ -2121,14 +2250,19 @@ class OpenAIDecoder:
         if thinking:
             self._thinking.append(thinking)
             events.append(ThinkingDelta(thinking))
-        text = as_text(content) or as_text(delta.get("refusal"))
+        text = self._half + (as_text(content) or as_text(delta.get("refusal")))
+        self._half = ""
+        if text and not text.isascii():
+            self._half = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
+            text = whole_pairs(text[:-1] if self._half else text)
         if text:
             events.append(TextDelta(text, read_logprobs(choice.get("logprobs"), self._alternatives)))
         self._tools.add(delta)
         self._take_usage(choice.get("usage"))
         reason = as_text(choice.get("finish_reason"))
         if reason.lower() in FINISH_ERROR:
-            raise UpstreamError(f"upstream ended the answer with an error (finish_reason {one_line(reason, 40)})")
+            raise stream_error({"error": choice.get("error") or "upstream ended the answer with an error "
+                                f"(finish_reason {one_line(reason, 40)})"})
         self._reason = reason if reason not in ("", "null") else self._reason
         return events
 
@@ -2142,7 +2276,10 @@ class OpenAIDecoder:
         if not self._any and not self._reason:
             return self._fail(StreamTruncated("upstream sent an empty response"))
         self.done = True
-        return ([ToolCalls(calls)] if calls else []) + [Finish(reason, read_usage(self._usage, self._timings))]
+        events: list = [TextDelta("\ufffd")] if self._half else []
+        if calls:
+            events.append(ToolCalls(tuple(call._replace(name=self._names.get(call.name, call.name)) for call in calls)))
+        return events + [Finish(reason, read_usage(self._usage, self._timings))]
 
 
 _LOGPROB = ("token", "logprob", "bytes")
@@ -2179,6 +2316,14 @@ def read_usage(usage: dict, timings: dict) -> Usage:
                      nanoseconds(timings.get("prompt_ms"), 1e-3), nanoseconds(timings.get("predicted_ms"), 1e-3))
     return Usage(prompt, completion, nanoseconds(usage.get("prompt_time"), 1.0),
                  nanoseconds(usage.get("completion_time"), 1.0))
+
+
+def whole_logprob(item: dict) -> dict:
+    """An item with all the keys that OpenAI's have; Ollama leaves empty ones out."""
+    def spelt(entry: dict) -> dict:
+        return {"bytes": list(as_text(entry.get("token")).encode("utf-8", "replace")), **entry}
+
+    return {**spelt(item), "top_logprobs": list(map(spelt, item.get("top_logprobs", ())))}
 
 
 _ERROR_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.I | re.S)
@@ -2313,7 +2458,7 @@ class OpenAIEncoder:
     def _logprobs(self, items: Optional[list]) -> Optional[dict]:
         """The items of the vocabulary in the shape of the endpoint: parallel lists in /v1/completions."""
         if not items or self._chat:
-            return {"content": items} if items else None
+            return {"content": list(map(whole_logprob, items))} if items else None
         tokens = [as_text(item.get("token")) for item in items]
         offsets = list(itertools.accumulate(map(len, tokens), initial=self._offset))
         self._offset = offsets.pop()
@@ -2365,9 +2510,16 @@ OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_
 # decoder and encoder stand steps: small filters of events, one for each thing that text may hide.
 # ----------------------------------------------------------------------------
 
-# What think tags are called; a model opens one of them before its first word, or not at all.
-THINK_TAGS = ("think", "thinking", "thought")
-_OPENERS, _CLOSERS = tuple(f"<{tag}>" for tag in THINK_TAGS), tuple(f"</{tag}>" for tag in THINK_TAGS)
+# What opens reasoning, what closes it, and what then stands before the answer.  A model opens it before its first
+# word, or not at all.
+MARKS = (
+    ("<think>", "</think>", ""), ("<thinking>", "</thinking>", ""), ("<thought>", "</thought>", ""),
+    ("[THINK]", "[/THINK]", ""),                                            # Mistral
+    ("<|channel>thought", "<channel|>", ""), ("<|channel>", "<channel|>", ""),              # Gemma
+    ("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant<|channel|>final<|message|>"),     # gpt-oss
+    ("<|channel|>final<|message|>", "", ""),
+)
+_CLOSERS = tuple(closer for _, closer, _ in MARKS[:4])
 
 
 def half_of(marks: Iterable, text: str) -> int:
@@ -2438,7 +2590,7 @@ class ThinkTags(Step):
     def __init__(self, decoder: Any, opened: bool = False) -> None:
         super().__init__()
         self._state, self._opened, self._decoder = "inside" if opened else "start", opened, decoder
-        self._spoke = False
+        self._spoke, self._closers, self._before = False, _CLOSERS, ""
         self.begins_inside: Optional[bool] = None
 
     def feed(self) -> Any:
@@ -2447,9 +2599,11 @@ class ThinkTags(Step):
             self._start()
         if self._state == "inside":
             events = self._inside()
-        if self._state == "after":              # white space between the tag and the answer
+        if self._state == "after":              # white space, or more, between the mark and the answer
             self._held = self._held.lstrip()
-            self._state = "plain" if self._held else "after"
+            if self._before and self._held.startswith(self._before):
+                self._held, self._before = self._held[len(self._before):], ""
+            self._state = "after" if self._before.startswith(self._held) else "plain"
         if self._state == "plain":
             self.idle = True
             return events + [TextDelta(super().feed())] if events else super().feed()
@@ -2472,21 +2626,24 @@ class ThinkTags(Step):
 
     def _start(self) -> None:
         begun = self._held.lstrip()
-        opener = next((opener for opener in _OPENERS if begun.startswith(opener)), "")
-        if opener:
-            self._held, self._state = begun[len(opener):], "inside"
+        if any(opener.startswith(begun) and opener != begun for opener, _, _ in MARKS):
+            return
+        mark = next((mark for mark in MARKS if begun.startswith(mark[0])), None)
+        if mark:
+            self._held, self._closers, self._before = begun[len(mark[0]):], mark[1:2], mark[2]
+            self._state = "inside" if mark[1] else "after"
         elif self._decoder.whole and begun[:1] != "<" and any(closer in begun for closer in _CLOSERS):
             self._state, self.begins_inside = "inside", True
-        elif not any(opener.startswith(begun) for opener in _OPENERS):
+        else:
             self._state = "plain"
 
     def _inside(self) -> list:
         if not self._spoke:
             self._held = self._held.lstrip()
-        at, closer = min((self._held.find(closer), closer) for closer in _CLOSERS if closer in self._held) \
-            if any(closer in self._held for closer in _CLOSERS) else (-1, "")
+        at, closer = min((self._held.find(closer), closer) for closer in self._closers if closer in self._held) \
+            if any(closer in self._held for closer in self._closers) else (-1, "")
         # Trailing space, and half a closing tag, may be dropped yet.
-        thinking = self.take(at if closer else half_of(_CLOSERS, self._held.rstrip()))
+        thinking = self.take(at if closer else half_of(self._closers, self._held.rstrip()))
         if closer:
             self._held, self._state = self._held[len(closer):], "after"
         else:
@@ -2714,6 +2871,7 @@ def rewritten(text: bytes) -> Optional[bytes]:
     quoted = f'"{str(text, "utf-8", "replace")}"'
     try:
         value, end = _read_json(quoted)
+        value.encode("utf-8")           # half a surrogate pair is the decoder's affair
     except ValueError:
         return None
     return encode_text(value)[1:-1].encode("ascii") if end == len(quoted) else None
@@ -3965,11 +4123,11 @@ class Catalogue:
             raise self._error or UpstreamUnreachable("the target's model list is not known yet")
         return self._listed
 
-    def resolve(self, name: str) -> ModelInfo:
+    def resolve(self, name: str, unlisted: bool = False) -> ModelInfo:
         """The model a client means (mission: names accepted).
 
-        Raises BadRequest 404 for an unknown or hidden one.  A target whose list cannot be had is
-        trusted to know its models: the name passes as it is.
+        Raises BadRequest 404 for an unknown or hidden one.  A target whose list cannot be had is trusted to know its
+        models: the name passes as it is.  With `unlisted` every target is, unless a filter is set.
         """
         patience = 0.0 if self._models or isinstance(self._error, UpstreamTimeout) else LIST_TIMEOUT
         self._update(patience)
@@ -3981,7 +4139,7 @@ class Catalogue:
             return found
         if not self._models and not self._patterns:
             return ModelInfo(dict(self._config.alias).get(name, name), shown=name)
-        if self._passes_unlisted(name):
+        if unlisted and not self._patterns or self._passes_unlisted(name):
             return ModelInfo(name, shown=name)
         raise model_not_found(name)
 
@@ -4181,7 +4339,7 @@ def short_name(model_id: str) -> str:
 
 
 def _rename(new: str) -> Callable:
-    def edit(body: dict, key: str) -> bool:
+    def edit(body: dict, key: str, told: Any = None) -> bool:
         value = body.pop(key, None)
         if value is not None:
             body.setdefault(new, value)
@@ -4189,11 +4347,19 @@ def _rename(new: str) -> Callable:
     return edit
 
 
-def _drop(body: dict, key: str) -> bool:
+def _set(value: Any) -> Callable:
+    def edit(body: dict, key: str, told: Any = None) -> bool:
+        changed = body.get(key) != value
+        body[key] = {**body[key], **value} if isinstance(value, dict) and isinstance(body.get(key), dict) else value
+        return changed
+    return edit
+
+
+def _drop(body: dict, key: str, told: Any = None) -> bool:
     return body.pop(key, None) is not None
 
 
-def _schema_instead(body: dict, key: str) -> bool:
+def _schema_instead(body: dict, key: str, told: Any = None) -> bool:
     """json_object -> json_schema with a bare object."""
     if as_dict(body.get(key)).get("type") != "json_object" or body.get("messages") is None:
         return False
@@ -4201,7 +4367,7 @@ def _schema_instead(body: dict, key: str) -> bool:
     return True
 
 
-def _schema_in_words(body: dict, key: str) -> bool:
+def _schema_in_words(body: dict, key: str, told: Any = None) -> bool:
     """A schema that is refused becomes a request in words."""
     value, messages = as_dict(body.pop(key, None)), body.get("messages")
     if value and isinstance(messages, list):
@@ -4211,19 +4377,19 @@ def _schema_in_words(body: dict, key: str) -> bool:
     return bool(value)
 
 
-def _first_four(body: dict, key: str) -> bool:
+def _first_four(body: dict, key: str, told: Any = None) -> bool:
     found = len(as_list(body.get(key))) > 4
     body[key] = as_list(body.get(key))[:4] or body.get(key)
     return found
 
 
-def _lower_effort(body: dict, key: str) -> bool:
+def _lower_effort(body: dict, key: str, told: Any = None) -> bool:
     found = body.get(key) == "max"
     body[key] = "high" if found else body.get(key)
     return found
 
 
-def _messages_without(body: dict, key: str) -> bool:
+def _messages_without(body: dict, key: str, told: Any = None) -> bool:
     """Takes a key out of every message."""
     messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
     found = any(key in message for message in messages)
@@ -4232,46 +4398,162 @@ def _messages_without(body: dict, key: str) -> bool:
     return found
 
 
-def _tools_without_strict(body: dict, key: str) -> bool:
+def _tools_without_strict(body: dict, key: str, told: Any = None) -> bool:
     functions = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
     return any([function.pop(key, None) is not None for function in functions])
 
 
+def _clamp(body: dict, key: str, told: Any) -> bool:
+    """A number is brought into the range that the refusal names."""
+    bounds, value = [float(text) for text in told.groups() if text], body.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    least, most = bounds if len(bounds) == 2 else (value, bounds[0])
+    body[key] = type(value)(min(max(value, least), most))
+    return body[key] != value
+
+
+def _cut_texts(body: dict, key: str, told: Any) -> bool:
+    """The longest text is cut by the measure of the two numbers of tokens that the refusal names, as Ollama cuts it."""
+    texts, numbers = as_list(body.get(key)), sorted(map(int, re.findall(r"[0-9]{2,9}", told.string)))
+    longest = max(map(len, texts), default=0)
+    length = int(longest * (0.95 * numbers[0] / numbers[-1] if len(numbers) > 1 else 0.5))
+    if 0 < length < longest:
+        body[key] = [text[:length] for text in texts]
+    return 0 < length < longest
+
+
+def _portion(told: Any) -> dict:
+    return {"batch": max(1, int(next(filter(None, told.groups()))))}
+
+
 class Remedy(NamedTuple):
-    """One row: when a refusal is about `key`, or matches `pattern`, `edit` the body or change the `habits`."""
+    """One row: when a refusal matches `pattern`, or else names `key`, `edit` the body or change the `habits`."""
 
-    key: str
-    edit: Optional[Callable] = None
+    words: str                      # what is done, for the log
+    key: str = ""
+    edit: Optional[Callable] = None     # edit(body, key, match of the pattern) -> whether that changed anything
     pattern: str = ""
-    habits: dict = {}
+    habits: Any = {}                # fields of Habits, or a function of the match that gives them
+    lesson: bool = True             # success teaches something about the target, not about one client's values
 
 
-# Refusals that do not name the key in so many words, then rows for a key that is named.  Rows are tried in order,
-# each once a request; a key without a row is dropped.
+# Told by a refusal's text, in the order in which they are tried.  Above each stands a server that wants it.
+SYMPTOMS = (
+    # Ollama
+    Remedy("think is left out", "think", _drop, r"does not support thinking|think value .* is not supported"),
+    # DeepSeek (deepseek-ai/DeepSeek-V3#69), and most others
+    Remedy("numbers are brought into the range that it takes", "", _clamp,
+           r"range.{0,30}\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
+           r"|(?:less than or equal to|at most|<=|maximum(?: allowed)?(?: value)?(?: is| of|:)?) ?(-?[0-9]*\.?[0-9]+)",
+           lesson=False),
+    # LM Studio; OpenAI, which wants the word JSON in the messages
+    Remedy("JSON mode is asked for as a schema", "response_format", _schema_instead,
+           r"response_format|json_object|must contain the word .?json"),
+    # Gemini (googleapis/python-genai#867)
+    Remedy("a format beside tools is asked for in words", "response_format", _schema_in_words,
+           r"response mime type.{0,40}unsupported|response_format.{0,60}(with|and) tools"),
+    # Mistral
+    Remedy("tool call ids are nine letters or digits", "messages", None,
+           r"tool.?call.?id.* length of 9|must be a-z, A-Z, 0-9", {"tool_ids": "nine"}),
+    # Claude behind a gateway (farion1231/cc-switch#1181)
+    Remedy("tool call ids are letters, digits, - and _", "messages", None,
+           r"(tool_use\.id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,40}(pattern|match|invalid)",
+           {"tool_ids": "plain"}),
+    # OpenAI, Azure, DeepSeek (defilantech/LLMKube#1525)
+    Remedy("tools get names of letters, digits, - and _", "tools", None,
+           r"function\.name|tools\S*\.name|(function|tool) names?.{0,80}(pattern|match|characters|contain|invalid)"
+           r"|[Ii]nvalid (function|tool) name", {"tool_names": True}),
+    # Gemini (tashfeenahmed/freellmapi#97); llama.cpp's grammars
+    Remedy("schemas of tools hold what Ollama keeps of them", "tools", None,
+           r"Unknown name .{0,60}(tools|function_declarations)|[Ii]nvalid schema for function"
+           r"|function_declarations.{0,80}(items|schema)|grammar.{0,60}(pars|fail)|fail.{0,40}grammar"
+           r"|(JSON|tool|input_?|function).{0,20}schema.{0,60}(invalid|not supported|unsupported|unrecogni)",
+           {"plain_schemas": True}),
+    # llama.cpp
+    Remedy("a schema that its grammar refuses is asked for in words", "response_format", _schema_in_words,
+           r"grammar.{0,60}(pars|fail)|fail.{0,40}grammar|pattern must start"),
+    # Mistral
+    Remedy("an assistant turn stands between results and a question", "messages", None,
+           r"[Uu]nexpected role .?user.? after role .?tool", {"bridge": True}),
+    # Templates of Gemma and Mistral at llama.cpp (ggml-org/llama.cpp#19851)
+    Remedy("neighbouring turns of one role are joined", "messages", None,
+           r"roles must alternate|must alternate between", {"merge": True, "system": "first"}),
+    # Templates of Qwen, at Ollama too (ollama/ollama#16988)
+    Remedy("all system texts stand in one turn at the beginning", "messages", None,
+           r"[Ss]ystem message.{0,30}(beginning|first)|only one system|multiple system|[Uu]nexpected role .?system",
+           {"system": "first"}),
+    # Templates of Gemma; Google's own servers
+    Remedy("system texts are told by the user", "messages", None,
+           r"[Ss]ystem (role|message|prompt|instruction)s?.{0,20}not (be )?(supported|enabled|allowed)"
+           r"|(Developer|System) instruction is not enabled", {"system": "user"}),
+    # OpenAI (ollama/ollama-python#506)
+    Remedy("unknown roles are system turns", "messages", None,
+           r"Invalid value: '\w+'. Supported values are: .{0,60}assistant|role.{0,40}(must|should) be one of"
+           r"|([Uu]nknown|[Ii]nvalid|[Uu]nsupported|[Uu]nexpected) (message )?role", {"known_roles": True}),
+    # Bedrock, Claude (BerriAI/litellm#7169)
+    Remedy("something stands for empty text", "messages", None,
+           r"is blank|content.{0,60}(non-?empty|not be empty|is empty|cannot be empty|must have)|empty content",
+           {"filler": "(empty)"}),
+    # Mistral, DeepSeek
+    Remedy("a turn to be continued is marked as one", "messages", None,
+           r"prefix.{0,20}(True|true)|[Ll]ast message must.{0,40}prefix|[Ee]xpected last role", {"prefix": True}),
+    # llama.cpp (ggml-org/llama.cpp#20861)
+    Remedy("thinking is off while a turn is continued", "chat_template_kwargs", _set({"enable_thinking": False}),
+           r"prefill is incompatible with enable_thinking", lesson=False),
+    # OpenAI in 2026 (BerriAI/litellm#33221)
+    Remedy("reasoning_effort none is sent with tools", "reasoning_effort", _set("none"),
+           r"set reasoning_effort to .?none"),
+    # DeepSeek (anomalyco/opencode#25000)
+    Remedy("every assistant turn carries reasoning_content", "messages", None,
+           r"reasoning_content.{0,80}(must be|is missing|is required|passed back)|[Mm]issing .?reasoning_content",
+           {"fill_reasoning": True}),
+    # OpenAI, to accounts that are not verified (open-webui/open-webui#16452)
+    Remedy("whole answers are asked for and given as streams", "stream", None,
+           r"verified to stream|does not support stream|[Ss]tream(ing)? is not (supported|allowed|available)",
+           {"stream": "never"}),
+    # Qwen at DashScope
+    Remedy("streams are asked for and given as whole answers", "stream", None,
+           r"only supports? .{0,20}stream|stream(ing)?.{0,10}(must be|is) (enabled|required|true)"
+           r"|must (be|set).{0,20}stream", {"stream": "always"}),
+    # DashScope, Gemini (mem0ai/mem0#6861)
+    Remedy("texts for embeddings go out in portions", "input", None,
+           r"(?:[Bb]atch|inputs?|texts|items|requests).{0,60}?"
+           r"(?:larger than|at most|exceed\w*|maximum(?: of)?|up to|more than|<=)\D{0,12}([0-9]{1,5})\b(?! tokens)"
+           r"|at most ([0-9]{1,5}) (?:requests|inputs|texts|items)", _portion),
+    # llama.cpp (gpustack/gpustack#950)
+    Remedy("texts for embeddings are cut to what it takes", "input", _cut_texts,
+           r"too large to process|context (length|size)|maximum.{0,20}(length|tokens)|too (long|many tokens)",
+           lesson=False),
+    # OpenAI
+    Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens"),
+           r"max_completion_tokens.? instead"),
+)
+# For a key that the refusal names.  A key without a row is left out.
 REMEDIES = (
-    Remedy("think", _drop, r"does not support thinking|think value .* is not supported"),
-    Remedy("response_format", _schema_instead, r"response_format|json_object|must contain the word .?json"),
-    Remedy("tool_call_id", None, r"tool.?call.?id.* length of 9|must be a-z, A-Z, 0-9", {"tool_ids": "nine"}),
-    Remedy("messages", None, r"[Uu]nexpected role .?user.? after role .?tool", {"bridge": True}),
-    Remedy("reasoning_content", None, r"reasoning_content.{0,80}(must be|is missing|is required|passed back)"
-                                      r"|[Mm]issing .?reasoning_content", {"fill_reasoning": True}),
-    Remedy("max_tokens", _rename("max_completion_tokens"), r"max_completion_tokens.? instead"),
-    Remedy("max_tokens", _rename("max_completion_tokens")),
-    Remedy("max_completion_tokens", _rename("max_tokens")),
-    Remedy("seed", _rename("random_seed")),
-    Remedy("dimensions", _rename("output_dimension")),
-    Remedy("response_format", _schema_instead),
-    Remedy("response_format", _schema_in_words),
-    Remedy("stop", _first_four),
-    Remedy("reasoning_effort", _lower_effort),
-    Remedy("reasoning_content", _messages_without),
-    Remedy("reasoning_details", _messages_without),
-    Remedy("strict", _tools_without_strict),
+    Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens")),
+    Remedy("max_tokens is sent for max_completion_tokens", "max_completion_tokens", _rename("max_tokens")),
+    Remedy("random_seed is sent for seed", "seed", _rename("random_seed")),
+    Remedy("output_dimension is sent for dimensions", "dimensions", _rename("output_dimension")),
+    Remedy("JSON mode is asked for as a schema", "response_format", _schema_instead),
+    Remedy("a schema is asked for in words", "response_format", _schema_in_words),
+    Remedy("four stop strings are sent, the others watched for here", "stop", _first_four),
+    Remedy("effort max is sent as high", "reasoning_effort", _lower_effort),
+    Remedy("reasoning_content is left out", "reasoning_content", _messages_without),
+    Remedy("reasoning_details is left out", "reasoning_details", _messages_without),
+    Remedy("strict is left out of tools", "strict", _tools_without_strict),
 )
 _VALUE_REFUSED = re.compile(
-    r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)", re.I)
+    r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)|valid range", re.I)
 _CONTEXT_OVERFLOW = re.compile(
     r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
+# The refusal asks for more of something, which is no reason to leave it out.
+_DEMANDS = re.compile(
+    r"(must be|needs? to be) (passed|provided|included|present|set|sent)|(is|are) (missing|required)|[Mm]issing")
+# What servers say with a status that means something else to Ollama clients: 404 makes them pull the model.
+_NOT_FOUND_MEANS = (
+    (re.compile("support tool use|supports? tools|tool.{0,20}not supported", re.I), "does not support tools"),
+    (re.compile("support (image|vision)|image.{0,20}not supported", re.I), "does not support images"))
 # Never dropped: an answer without them would be an answer to another question (rule 29).
 _ESSENTIAL = frozenset(("model", "messages", "stream", "tools", "prompt", "input", "images", "suffix"))
 _NESTED = {"enable_thinking": "chat_template_kwargs", "include_usage": "stream_options", "effort": "reasoning"}
@@ -4280,8 +4562,18 @@ CLIENT_KEYS = ("options", "keep_alive", "think", "format")
 CLIENT_MESSAGE_KEYS = ("copilot_cache_control", "copilot_references", "cot_id", "cot_summary", "reasoning_content")
 
 
+def meant_for_ollama(error: UpstreamRefused) -> UpstreamRefused:
+    """A refusal with the status, and the words, that Ollama has for it."""
+    for pattern, words in _NOT_FOUND_MEANS if error.status == 404 else ():
+        if pattern.search(error.message):
+            error.status, error.message = 400, f"{error.message} (the model {words})"
+    return error
+
+
 def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
-    """The keys of `body` that a refusal may be about, likeliest first (upstreams rule 27)."""
+    """The keys of `body` that a refusal may be about, likeliest first (upstreams rule 27); none when it wants more."""
+    if _DEMANDS.search(error.message):
+        return []
     told = error.body
     told = as_dict(told[0] if isinstance(told, list) and told else told)
     param = as_dict(told.get("error")).get("param") or told.get("param")
@@ -4297,18 +4589,18 @@ def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
 
 
 class Attempt(NamedTuple):
-    """How a call is sent: the target's habits, edits of the body, and those of them that are worth remembering."""
+    """How a call is sent: the target's habits, and edits of the body; `words` tell what of it was learned."""
 
     habits: Habits
-    edits: tuple = ()               # (edit, key)
-    lessons: tuple = ()             # the edits that are no matter of this client's values alone
+    edits: tuple = ()               # (remedy, match of its pattern)
+    words: tuple = ()
     tried: tuple = ()               # remedies, whether they helped or not
 
     def body(self, render: Callable) -> WireRequest:
         """The call that `render(habits)` renders, edited."""
         wire = render(self.habits)
-        for edit, key in self.edits:
-            edit(wire.body, key)
+        for remedy, told in self.edits:
+            remedy.edit(wire.body, remedy.key, told)
         return wire
 
 
@@ -4316,8 +4608,8 @@ class Healer:
     """Knows how targets want their requests; `where` is a model and a kind of request."""
 
     def __init__(self, preset: Preset) -> None:
-        presets = tuple((_rename(new) if new else _drop, key) for key, new in preset.lessons.items())
-        self._default = Attempt(preset.habits, presets, presets)
+        rows = (Remedy("", key, _rename(new) if new else _drop) for key, new in preset.lessons.items())
+        self._default = Attempt(preset.habits, tuple((row, None) for row in rows))
         self._known: collections.OrderedDict = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -4325,48 +4617,59 @@ class Healer:
         """What is known to work, or what the preset says."""
         return self._known.get(where, self._default)
 
-    def remember(self, where: tuple, attempt: Attempt) -> None:
-        """An attempt that succeeded."""
+    def remember(self, where: tuple, attempt: Attempt) -> tuple:
+        """An attempt that succeeded; returns the words of what is new in it."""
         with self._lock:
-            self._known[where] = attempt._replace(edits=attempt.lessons, tried=())
+            new = tuple(words for words in attempt.words if words not in self.known(where).words)
+            lessons = tuple(edit for edit in attempt.edits if edit[0].lesson)
+            self._known[where] = attempt._replace(edits=lessons, tried=())
             while len(self._known) > 4096:
                 self._known.popitem(last=False)
+        return new
 
-    def heal(self, error: UpstreamRefused, body: dict, attempt: Attempt) -> Optional[Attempt]:
-        """Another attempt in answer to a refusal of `body`; None when nothing is left to try."""
+    def heal(self, error: UpstreamRefused, body: dict, attempt: Attempt, kept: tuple = ()) -> Optional[Attempt]:
+        """Another attempt in answer to a refusal of `body`; None when nothing is left to try.  `kept` names fields that
+        the client wants as they are."""
         lasting = not _VALUE_REFUSED.search(error.message)
-        for remedy, lesson in self._remedies(error, body):
-            if remedy in attempt.tried:
+        for remedy, told in self._remedies(error, body):
+            if remedy in attempt.tried or remedy.key in kept:
                 continue
-            tried = attempt.tried + (remedy,)
-            habits = attempt.habits._replace(**remedy.habits)
+            learned = (remedy.words,) if remedy.lesson and lasting else ()
+            tried, words = attempt.tried + (remedy,), attempt.words + learned
+            habits = attempt.habits._replace(**(remedy.habits(told) if callable(remedy.habits) else remedy.habits))
             if habits != attempt.habits:
-                return attempt._replace(habits=habits, tried=tried)
-            if remedy.edit is not None and remedy.edit(body, remedy.key):
-                edit = ((remedy.edit, remedy.key),)
-                learned = edit if lesson and lasting else ()
-                return Attempt(habits, attempt.edits + edit, attempt.lessons + learned, tried)
+                return Attempt(habits, attempt.edits, words, tried)
+            if remedy.edit is not None and remedy.edit(body, remedy.key, told):
+                edit = (remedy._replace(lesson=remedy.lesson and lasting), told)
+                return Attempt(habits, attempt.edits + (edit,), words, tried)
         return None
 
     @staticmethod
-    def _remedies(error: UpstreamRefused, body: dict) -> Iterator[tuple[Remedy, bool]]:
-        """(remedy, whether its success teaches something), likeliest first."""
-        if error.status not in (400, 404, 422, 501):
-            return
+    def _remedies(error: UpstreamRefused, body: dict) -> Iterator[tuple[Remedy, Any]]:
+        """(remedy, match of its pattern), likeliest first."""
         text = error.message[:20000]
         limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
         if limit and _CONTEXT_OVERFLOW.search(text) and not re.search("unsupported|not supported", text, re.I):
-            yield Remedy(limit, _drop), False
+            yield Remedy("", limit, _drop, lesson=False), None
             return
-        yield from ((row, True) for row in REMEDIES if row.pattern and re.search(row.pattern, text))
-        if error.status == 404 and not as_dict(as_dict(error.body).get("error")).get("param"):
-            return                      # an unknown model or path is not cured by leaving fields out
-        for key in refused_keys(error, body):
-            yield from ((row, True) for row in REMEDIES if row.key == key and not row.pattern)
+        if error.status not in (400, 404, 413, 422, 500, 501):
+            return
+        keys = refused_keys(error, body)
+        for row in SYMPTOMS:
+            told = re.search(row.pattern, text) if row.edit or row.key in body else None
+            if told and row.key:
+                yield row, told
+            elif told:                  # a row for whatever number is named
+                yield from ((row._replace(key=key), told) for key in keys)
+        named = as_dict(as_dict(error.body).get("error")).get("param")
+        if error.status in (413, 500) or (error.status == 404 and not named):
+            return                      # a server in trouble, an unknown model: not cured by leaving fields out
+        for key in keys:
+            yield from ((row, None) for row in REMEDIES if row.key == key)
             if key in CLIENT_MESSAGE_KEYS:
-                yield Remedy(key, _messages_without), True
+                yield Remedy(f"{key} is left out", key, _messages_without), None
             if key not in _ESSENTIAL:
-                yield Remedy(key, _drop), True
+                yield Remedy(f"{key} is left out", key, _drop), None
 
 
 class CallExtras:
@@ -4618,9 +4921,9 @@ def refusal(reply: Reply) -> UpstreamRefused:
 _LOADING = re.compile(r"loading|warming up|starting up", re.I)
 
 
-def send(scope: Scope, request: Request, native: bool, where: tuple, render: Callable) -> Reply:
+def send(scope: Scope, request: Request, native: bool, where: tuple, render: Callable, kept: tuple = ()) -> Reply:
     """One translated request to the target, healed and repeated where that helps.  `render(habits)` gives the
-    WireRequest; `where` tells the kinds of requests apart whose lessons are their own.
+    WireRequest; `where` tells the kinds of requests apart whose lessons are their own, `kept` the fields that stay.
 
     Raises what the last, most healed request was refused for.  A server that is still loading is waited for.
     """
@@ -4629,14 +4932,14 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
     refused = ""
     while True:
         wire = attempt.body(render)
-        path, data = context.path(native, wire.path), dump(wire.body)
+        path, data = context.path(native or wire.path == "/infill", wire.path), dump(wire.body)
         accepted = EVENT_STREAM if wire.body.get("stream") and not native else JSON
         context.log.data(f"POST {context.target.scheme}://{context.target.authority}{path} - Request", data)
         reply = scope.open(context.target, "POST", path, context.headers(request) + [
             ("Content-Type", JSON), ("Accept", accepted)], data)
         if reply.status < 300:
-            if attempt.tried:
-                context.healer.remember(where, attempt)
+            for words in context.healer.remember(where, attempt) if attempt.tried else ():
+                context.log.say(f"{where[0]}: the target refuses it otherwise, so from now on {words}")
             return reply
         error = refusal(reply)
         context.log.debug(f"Target response: {error.status} {error.message}")
@@ -4649,9 +4952,9 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
             attempt = before._replace(tried=attempt.tried)
             wire = attempt.body(render)
         before, refused = attempt, error.message
-        healed = context.healer.heal(error, wire.body, attempt) if len(attempt.tried) < 6 else None
+        healed = context.healer.heal(error, wire.body, attempt, kept) if len(attempt.tried) < 6 else None
         if healed is None:
-            raise error
+            raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
         attempt = healed
 
 
@@ -4706,7 +5009,7 @@ def converse(request: Request, scope: Scope) -> Response:
     if client is target:
         return RELAYS[client.name](request, scope)
     call = client.parse_chat(load_request(request.body), request.route.face)
-    info = context.catalogue.resolve(call.model)
+    info = context.catalogue.resolve(call.model, client is OPENAI)
     if not call.messages and call.prompt is None:
         return json_response(load_answer(call, context.clock.stamp()))
     call = with_defaults(config, info.id, call)
@@ -4718,6 +5021,7 @@ def converse(request: Request, scope: Scope) -> Response:
     sent = time.monotonic_ns()
 
     def render(habits: Habits) -> WireRequest:
+        habits = habits._replace(infill=info.owner == "llamacpp")
         return target.render_chat(wired, habits, info.context_now or info.context)
 
     try:
@@ -4812,14 +5116,26 @@ def embed(request: Request, scope: Scope) -> Response:
         return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
     if call.keep_alive is None:
         call = call._replace(keep_alive=settings_for(context.config, info.id)[1].get("keep_alive"))
-    data = send(scope, request, target is OLLAMA, (info.id, "embed"),
-                lambda habits: target.render_embed(call._replace(model=info.id), habits)).read()
-    answer = load_or_none(data)
-    if answer is None:
-        raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}")
-    if as_dict(answer).get("error"):
-        raise stream_error(answer)
-    vectors, usage = target.read_embeddings(answer, len(call.inputs))
+    vectors: list = []
+    counts: list = []
+
+    def render(habits: Habits) -> WireRequest:
+        portion = call.inputs[len(vectors):][:habits.batch or None]
+        return target.render_embed(call._replace(model=info.id, inputs=portion), habits)
+
+    while len(vectors) < len(call.inputs):
+        kept = ("input",) if call.truncate is False else ()
+        data = send(scope, request, target is OLLAMA, (info.id, "embed"), render, kept).read()
+        answer = load_or_none(data)
+        if answer is None:
+            raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}")
+        if as_dict(answer).get("error"):
+            raise stream_error(answer)
+        sent = len(render(context.healer.known((info.id, "embed")).habits).body["input"])
+        more, usage = target.read_embeddings(answer, sent)
+        vectors += more
+        counts.append(usage.prompt_tokens)
+    usage = Usage(sum(counts) if all(counts) else None)
     took = time.monotonic_ns() - request.started
     return json_response(client.render_embeddings(call, call.model, vectors, usage, took))
 
@@ -4920,7 +5236,12 @@ def list_openai_models(request: Request, scope: Scope) -> Response:
 def show_openai_model(request: Request, scope: Scope) -> Response:
     """GET /v1/models/{id}, which several servers lack, out of the list."""
     api, name = scope.context.api(), urllib.parse.unquote(request.path[len("/v1/models/"):])
-    info = scope.context.catalogue.resolve(name)
+    try:
+        info = scope.context.catalogue.resolve(name)
+    except BadRequest:
+        if api == "ollama" or scope.context.catalogue.filtered:
+            raise
+        return relay_openai(request, scope)     # below a model's name, or a name that stands in no list
     return json_response({**openai_entry(info, api), **({"id": name} if api == "ollama" else {})})
 
 
@@ -4952,8 +5273,10 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     more try after a refusal.
     """
     log = scope.context.log
+    own = scope.context.client_key(request) and key     # whose account pays is told beside one's own key only
+    private = PRIVATE_HEADERS | HOP_BY_HOP | (set() if own else ACCOUNT_HEADERS)
     headers = (scope.context.headers(request) if key else STRANGERS_HEADERS) + travelling(
-        request.headers, PRIVATE_HEADERS | HOP_BY_HOP, ("access-control-", "sec-", "cf-"))
+        request.headers, private, ("access-control-", "sec-", "cf-"))
     whole = path + (f"{'&' if '?' in path else '?'}{request.query}" if request.query else "")
     while True:
         if isinstance(body, bytes):
@@ -4979,7 +5302,9 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         log.data("Target response", data, request.started)
         return Response(reply.status, data, *answer)
     pieces = ([piece] for piece in tapped(reply.pieces(), log.tap))
-    return Response(reply.status, b"", *answer, lines=begun(pieces), length=length)
+    # Of a stream the head goes out at once, for servers may be silent during a long prompt.
+    lines = itertools.chain([[]], pieces) if answer[0].startswith(EVENT_STREAM) else begun(pieces)
+    return Response(reply.status, b"", *answer, lines=lines, length=length)
 
 
 def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
@@ -4991,6 +5316,7 @@ def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
 
 
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+_MODEL_PART = re.compile(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n')     # multipart
 _NAMING = ("model", "name", "source", "from")       # the keys under which requests name models
 
 
@@ -5019,15 +5345,18 @@ def relay_openai(request: Request, scope: Scope) -> Response:
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    written = "json" in media_type or (media_type in ("", "text/plain", "application/x-www-form-urlencoded")
+                                       and data.lstrip()[:1] == b"{")
     if data and media_type == "multipart/form-data":
-        if context.catalogue.filtered:
-            found = re.search(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n', data)
-            context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "")
-    elif data and (request.method == "POST" or context.catalogue.filtered):
+        found = _MODEL_PART.search(data)
+        if found or context.catalogue.filtered:
+            info = context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "", True)
+            data = data[:found.start(1)] + info.id.encode() + data[found.end(1):] if found else data
+    elif data and (written and request.method == "POST" or context.catalogue.filtered):
         data, body = load_relayed(context, data)
         name = body.get("model")
         if isinstance(name, str) and name:
-            info = context.catalogue.resolve(name)
+            info = context.catalogue.resolve(name, True)
             if info.id != name:
                 data = with_model(data, body, info.id)
                 body["model"] = info.id
@@ -5060,7 +5389,7 @@ def relay_native(request: Request, scope: Scope) -> Response:
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
-        if "think" not in injected or not re.search(REMEDIES[0].pattern, error.message):
+        if "think" not in injected or not re.search(SYMPTOMS[0].pattern, error.message):
             return None
         return dump({**body, **{key: value for key, value in injected.items() if key != "think"}})
 
@@ -5567,6 +5896,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 return Response(204, headers=preflight_headers(request))
             self._authorize(request)
             context.client_key(request)     # with --forward-auth lists are asked with it, too
+            if request.headers.get("upgrade", "").lower() == "websocket":
+                raise BadRequest("WebSockets are not spoken here: use HTTP", 426, [("Upgrade", "HTTP/1.1")])
             request.route = match(request, context)
             request.body = self._body(request)
             if isinstance(request.body, bytes) and request.body:
@@ -5637,7 +5968,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if streams:
             return pieces
         coding, found, size = request.headers.get("content-encoding", "").strip().lower(), [], 0
-        if coding not in ("", "identity"):
+        if request.route.operation is relay_openai and coding not in CODINGS and not self.context.catalogue.filtered:
+            request.headers["content-type"] = "application/octet-stream"    # not to be read here: it passes as it is
+        elif request.headers.pop("content-encoding", "") and coding != "identity":
             pieces = map(inflater(coding, unreadable), itertools.chain(pieces, [None]))
         for piece in pieces:
             found.append(piece)
@@ -5658,7 +5991,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             error = blame_our_key(self.context, error, request)
         error.message = self._why = self.context.log.redact(error.message)
         dialect = request_dialect(request)
-        response = json_response(dialect.render_error(error), error.status, error.headers)
+        headers = list(error.headers)
+        if isinstance(error, BadRequest) and request.path.startswith("/v1"):
+            headers.append(("x-should-retry", "false"))     # OpenAI's and Anthropic's SDKs ask again otherwise
+        response = json_response(dialect.render_error(error), error.status, headers)
         if error.status == 403 and isinstance(error, BadRequest):
             response = Response(403, media_type="")         # as Ollama answers (ollama-api 1.5)
         if dialect is OLLAMA:
