@@ -10,9 +10,9 @@ One file, nothing but the standard library, Python 3.9 and newer.
     python3 ollama_proxy.py --target http://localhost:1234
 
     client bytes --> Request --> parse_* --> Call --> render_* --> Scope.open --> upstream bytes
-    (server, 14)     (route 13)  +- client dialect    +- upstream dialect  (9)
+    (server, 16)     (route 15)  +- client dialect    +- upstream dialect  (11)
     client bytes <-- send <-- Encoder <-- events <-- Decoder <-- Reply.pieces <-----+
-    (server, 14)             client dialect   upstream dialect    a client that leaves (9) ends the call
+    (server, 16)             client dialect   upstream dialect    a client that leaves (11) ends the call
 
 A *dialect* is a wire API family.  Both are parsed into one neutral vocabulary and
 rendered from it, so each dialect is written once, whichever side it stands on:
@@ -22,6 +22,7 @@ rendered from it, so each dialect is written once, whichever side it stands on:
     OpenAI client            OpenAI-compatible server  relayed; only the model name and the key change
     OpenAI client            Ollama                    translated, thinking and options injected
     Ollama client            Ollama                    relayed; thinking and options injected
+    Anthropic, Responses     either                    relayed where the target speaks it, else translated
 
 Rooms, in reading order; each uses only names from rooms above it:
 
@@ -31,23 +32,26 @@ Rooms, in reading order; each uses only names from rooms above it:
      4  Framing         bytes to lines, SSE frames and HTTP bodies; JSON with limits
      5  Ollama dialect  /api/*: parse, render, decode, encode
      6  OpenAI dialect  /v1/*: the mirror room
-     7  Translation     a decoder and an encoder joined into a generator of lines
-     8  Configuration   presets, flags and environment become one frozen value
-     9  Upstream        dial, send, read, pool; and the watch for clients that leave
-    10  Catalogue       what the target serves, under which names, with what metadata
-    11  Healing         what a target refused, and what to send instead
-    12  Operations      one short function per verb
-    13  Routes          the dispatch table
-    14  HTTP server     sockets to Request, Response to sockets
-    15  Demo target     a tiny OpenAI-compatible server for --demo and the tests
-    16  Command line    main, --check, signals, banner
+     7  Anthropic dialect  /v1/messages, a face only: parse, encode
+     8  Responses dialect  /v1/responses, a face only
+     9  Translation     a decoder and an encoder joined into a generator of lines
+    10  Configuration   presets, flags and environment become one frozen value
+    11  Upstream        dial, send, read, pool; and the watch for clients that leave
+    12  Catalogue       what the target serves, under which names, with what metadata
+    13  Healing         what a target refused, and what to send instead
+    14  Operations      one short function per verb
+    15  Routes          the dispatch table
+    16  HTTP server     sockets to Request, Response to sockets
+    17  Demo target     a tiny OpenAI-compatible server for --demo and the tests
+    18  Command line    main, --check, signals, banner
 
-Endpoints (the dispatch table of room 13, tied to this list by a test):
+Endpoints (the dispatch table of room 15, tied to this list by a test):
 
     GET    /  /health  /api/version  /api/tags  /api/ps  /api/status
     GET    /api/experimental/model-recommendations  /v1/models  /v1/models/{id}
     POST   /api/chat  /api/generate  /api/embed  /api/embeddings  /api/show  /api/pull  /api/me
     POST   /v1/chat/completions  /v1/completions  /v1/embeddings
+    POST   /v1/messages  /v1/messages/count_tokens  /v1/responses
     POST   /api/create  /api/copy  /api/push  /api/signout  /api/blobs/{digest}
     HEAD   /api/blobs/{digest}
     DELETE /api/delete
@@ -90,7 +94,7 @@ __version__ = "1.2.0"
 # Room 1.  Constants: limits with their reasons, media types, ports
 # ----------------------------------------------------------------------------
 
-OLLAMA_VERSION = "0.33.0"        # the release whose contract rooms 5 and 12 follow
+OLLAMA_VERSION = "0.33.0"        # the release whose contract rooms 5 and 14 follow
 OLLAMA_PORT = 11434
 OPENAI_FACE_PORT = 4000          # where we listen when the target itself sits on 11434
 DEFAULT_TARGET = "http://localhost:1234"
@@ -141,6 +145,7 @@ CATALOGUE_FRESH = 15.0           # seconds a model list is believed without aski
 FAILURE_MEMORY = 3.0             # seconds a target that gave no list is not asked again
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
 PROBE_TIMEOUT = 3.0              # seconds for what is nice to know; Home Assistant gives up on tags after 5
+ROUTE_MEMORY = 600.0             # seconds a target that lacks a route is not asked for it again
 CALL_EXTRAS = 2048               # tool calls whose provider extras are remembered
 DEFAULT_CONTEXT = 131072
 DEFAULT_COMPLETION_TOKENS = 4096  # /v1/completions stops after 16 on several servers otherwise
@@ -209,6 +214,8 @@ class ChatCall(NamedTuple):
     suffix: str = ""
     tools: tuple = ()
     tool_choice: Any = None             # None, "none", "auto", "required", or a function's name in a tuple
+    parallel: Optional[bool] = None     # whether more than one call may come at once
+    labels: dict = {}                   # name of a tool -> how a Responses client calls it
     options: dict = {}
     extra: dict = {}
     think: Any = None
@@ -314,14 +321,14 @@ class Failure(NamedTuple):
 
 
 class WireRequest(NamedTuple):
-    """What a dialect's render_* hands to room 9: a path below the target's base, and a JSON body."""
+    """What a dialect's render_* hands to room 14: a path below the target's base, and a JSON body."""
 
     path: str
     body: dict
 
 
 class Habits(NamedTuple):
-    """How one target differs from the common reading of its dialect (presets, room 8)."""
+    """How one target differs from the common reading of its dialect (presets, room 10)."""
 
     strict: bool = False            # refuses keys it does not know: send nothing beyond the standard
     think: str = "effort"           # which switch turns reasoning on and off: a key of THINK_SWITCHES
@@ -345,18 +352,18 @@ class Habits(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """One wire API family as plain functions; rooms 5 and 6 each close with one."""
+    """One wire API family as plain functions; rooms 5 to 8 each close with one, the last two as faces alone."""
 
     name: str
     parse_chat: Callable            # body of a client, face -> ChatCall
-    parse_embed: Callable           # body of a client, legacy -> EmbedCall
-    render_chat: Callable           # ChatCall, Habits, context length -> WireRequest
-    render_embed: Callable          # EmbedCall, Habits -> WireRequest
-    read_embeddings: Callable       # answer, count -> (vectors, Usage)
-    render_embeddings: Callable     # EmbedCall, vectors, Usage, durations -> answer
-    Decoder: Callable               # ChatCall -> bytes, or a whole answer, to events
     Encoder: Callable               # ChatCall, clock, ... -> events to bytes, or to one answer
     render_error: Callable          # ProxyError -> answer
+    parse_embed: Any = None         # body of a client, legacy -> EmbedCall
+    render_chat: Any = None         # ChatCall, Habits, context length -> WireRequest
+    render_embed: Any = None        # EmbedCall, Habits -> WireRequest
+    read_embeddings: Any = None     # answer, count -> (vectors, Usage)
+    render_embeddings: Any = None   # EmbedCall, vectors, Usage, durations -> answer
+    Decoder: Any = None             # ChatCall -> bytes, or a whole answer, to events
 
 
 # ----------------------------------------------------------------------------
@@ -1472,7 +1479,7 @@ class OllamaDecoder:
 
     @property
     def plain(self) -> bool:
-        """Nothing is pending: a content line is just its text (the shortcut of room 7 asks)."""
+        """Nothing is pending: a content line is just its text (the shortcut of room 9 asks)."""
         return not self.done and not self._logprobs and self._lines.idle
 
     def feed(self, data: bytes) -> list:
@@ -1687,8 +1694,9 @@ def ollama_show(info: ModelInfo, name: str, default_context: int) -> dict:
             f"{family}.embedding_length": info.embedding_length or 0}}
 
 
-OLLAMA = Dialect("ollama", parse_ollama_chat, parse_ollama_embed, render_ollama_chat, render_ollama_embed,
-                 read_ollama_embeddings, render_ollama_embeddings, OllamaDecoder, OllamaEncoder, render_ollama_error)
+OLLAMA = Dialect("ollama", parse_ollama_chat, OllamaEncoder, render_ollama_error, parse_ollama_embed,
+                 render_ollama_chat, render_ollama_embed, read_ollama_embeddings, render_ollama_embeddings,
+                 OllamaDecoder)
 
 # ----------------------------------------------------------------------------
 # Room 6.  OpenAI dialect: /v1/*, the mirror room (OpenAI API reference, and what the many servers
@@ -1725,8 +1733,8 @@ OLLAMA_ONLY = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_t
 OPENAI_FIELDS = {
     **{wire: OPTION_KINDS.get(name, float) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires},
     "stop": object, "model": str, "messages": list, "prompt": object, "suffix": str, "stream": bool, "n": int,
-    "best_of": int, "max_completion_tokens": int, "options": dict, "stream_options": dict, "tools": list,
-    "top_logprobs": int, "dimensions": int, "encoding_format": str}
+    "parallel_tool_calls": bool, "best_of": int, "max_completion_tokens": int, "options": dict, "stream_options": dict,
+    "tools": list, "top_logprobs": int, "dimensions": int, "encoding_format": str}
 
 
 def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
@@ -1761,12 +1769,12 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
     if not body.get("messages"):
         raise BadRequest("[] is too short - 'messages'")
     return call._replace(messages=tie_results(tuple(map(parse_message, body["messages"]))),
-                         logprobs=parse_logprobs(body), **parse_choice(body))
+                         logprobs=parse_logprobs(body), parallel=body.get("parallel_tool_calls"),
+                         **choose_tools(parse_tools(body.get("tools", ())), body.get("tool_choice")))
 
 
-def parse_choice(body: dict) -> dict:
+def choose_tools(tools: tuple, choice: Any) -> dict:
     """`tools` and `tool_choice` as arguments of ChatCall; {"type": "allowed_tools"} leaves the others out."""
-    tools, choice = parse_tools(body.get("tools", ())), body.get("tool_choice")
     allowed = as_dict(as_dict(choice).get("allowed_tools"))
     if allowed:
         names = {parse_tool_choice(tool) for tool in as_list(allowed.get("tools"))}
@@ -1983,7 +1991,8 @@ def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
             name=plain_name(tool.name) if habits.tool_names else tool.name, description=tool.description or None,
             parameters=plain_schema(tool.parameters, strictly=True) if habits.plain_schemas else tool.parameters,
             strict=tool.strict)} for tool in call.offered]
-        body.update(present(tool_choice="required" if isinstance(call.tool_choice, tuple) else call.tool_choice))
+        body.update(present(tool_choice="required" if isinstance(call.tool_choice, tuple) else call.tool_choice,
+                            parallel_tool_calls=call.parallel))
     if chat and call.think is not None:
         off, on, level = THINK_SWITCHES[habits.think]
         body.update(off if call.think is False else on if call.think is True else level(call.think))
@@ -2154,7 +2163,7 @@ class OpenAIDecoder:
 
     @property
     def plain(self) -> bool:
-        """Nothing is pending: a content frame is just its text (the shortcut of room 7 asks)."""
+        """Nothing is pending: a content frame is just its text (the shortcut of room 9 asks)."""
         return self._alternatives is None and not (self.done or self._reason or self._half) and self._frames.idle
 
     def feed(self, data: bytes) -> list:
@@ -2500,11 +2509,467 @@ def openai_model(info: ModelInfo) -> dict:
             "owned_by": info.owner or "library"}
 
 
-OPENAI = Dialect("openai", parse_openai_chat, parse_openai_embed, render_openai_chat, render_openai_embed,
-                 read_openai_embeddings, render_openai_embeddings, OpenAIDecoder, OpenAIEncoder, render_openai_error)
+OPENAI = Dialect("openai", parse_openai_chat, OpenAIEncoder, render_openai_error, parse_openai_embed,
+                 render_openai_chat, render_openai_embed, read_openai_embeddings, render_openai_embeddings,
+                 OpenAIDecoder)
 
 # ----------------------------------------------------------------------------
-# Room 7.  Translation: a decoder and an encoder joined into a generator of lines
+# Room 7.  Anthropic dialect: /v1/messages, a face only (Messages API; ollama-api 4.9)
+# ----------------------------------------------------------------------------
+
+ANTHROPIC_FIELDS = {
+    "model": str, "max_tokens": int, "messages": list, "system": object, "stream": bool, "temperature": float,
+    "top_p": float, "top_k": int, "stop_sequences": list, "tools": list, "tool_choice": dict, "thinking": dict,
+    "output_config": dict}
+BLOCK_FIELDS = {"type": str, "text": str, "thinking": str, "source": dict, "id": str, "name": str, "input": dict,
+                "tool_use_id": str, "is_error": bool}
+_BILLING = "x-anthropic-billing-header:"        # another one in each conversation: it would spoil every prompt cache
+_BUDGETS = ((4096, "low"), (16384, "medium"), (1 << 60, "high"))     # thinking.budget_tokens up to -> level
+
+
+def parse_anthropic(body: dict, face: str = "chat") -> ChatCall:
+    """POST /v1/messages, or with face "count" /v1/messages/count_tokens -> ChatCall.  Raises BadRequest."""
+    body = typed(body, ANTHROPIC_FIELDS)
+    model = body.get("model", "").strip()
+    if not model:
+        raise BadRequest("model is required")
+    if face != "count" and body.get("max_tokens", 0) <= 0:
+        raise BadRequest("max_tokens is required and must be positive")
+    if not body.get("messages"):
+        raise BadRequest("messages is required")
+    turns, system = [], [block_texts(body.get("system", ""))]
+    for message in body["messages"]:
+        message = typed(message, MESSAGE_FIELDS, "messages")
+        if message.get("role") == "system":             # Claude Code's later instructions
+            system.append(block_texts(message.get("content", "")))
+        else:
+            turns += parse_blocks(message.get("role", "user"), message.get("content", ""))
+    if any(system):
+        turns.insert(0, Message("system", "\n\n".join(filter(None, system))))
+    output, choice = body.get("output_config", {}), body.get("tool_choice", {})
+    options = present(temperature=body.get("temperature"), top_p=body.get("top_p"), top_k=body.get("top_k"),
+                      max_tokens=body.get("max_tokens"), stop=parse_stop(body.get("stop_sequences")) or None)
+    return ChatCall(model, face, tie_results(tuple(turns)), tools=tuple(parse_anthropic_tools(body.get("tools", ()))),
+                    tool_choice=parse_tool_choice(choice if choice.get("type") == "tool" else choice.get("type")),
+                    parallel=False if choice.get("disable_parallel_tool_use") is True else None, options=options,
+                    think=parse_thinking(body.get("thinking", {}), output), stream=body.get("stream", False),
+                    format=parse_response_format({**output["format"], "json_schema": output["format"]})
+                    if isinstance(output.get("format"), dict) else None)
+
+
+def block_texts(content: Any) -> str:
+    """The text of a string or of text blocks, without the billing block."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"json: cannot unmarshal {json_kind(content)} into field system of type string")
+    texts = [typed(block, BLOCK_FIELDS, "system").get("text", "") for block in content]
+    return "".join(text for text in texts if not text.startswith(_BILLING))
+
+
+def parse_blocks(role: str, content: Any) -> list[Message]:
+    """One message -> the results of tools in it, then its own turn."""
+    results, texts, thinking, images, calls = [], [], "", [], []
+    for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        block = typed(block, BLOCK_FIELDS, "content")
+        kind = block.get("type")
+        if kind == "text":
+            texts.append(block.get("text", ""))
+        elif kind == "image":
+            images.append(parse_source(block.get("source", {})))
+        elif kind == "thinking":
+            thinking = block.get("thinking", "")
+        elif kind in ("tool_use", "server_tool_use"):
+            calls.append(ToolCall(block.get("id", ""), block.get("name") or "unknown", block.get("input", {})))
+        elif kind == "tool_result":
+            inner = parse_blocks("tool", block.get("content", ""))[-1]
+            text = f"Error: {inner.content}" if block.get("is_error") else inner.content
+            results.append(inner._replace(content=text, tool_call_id=block.get("tool_use_id", "")))
+        elif kind not in ("redacted_thinking", "web_search_tool_result"):       # nothing in them that can be read
+            raise BadRequest(f"content blocks of type {one_line(str(kind), 40)} are not supported")
+    turn = Message(role, "".join(texts), thinking, tuple(filter(None, images)), tuple(calls))
+    return results + ([turn] if not results or turn.content or turn.images else [])
+
+
+def parse_source(source: dict) -> Optional[Image]:
+    """The `source` of an image block: base64, or a URL that the target must understand."""
+    value = source.get("data") if source.get("type") == "base64" else source.get("url")
+    if not isinstance(value, str):
+        raise BadRequest("invalid image input: a source of type base64 or url is expected")
+    return parse_image(value)
+
+
+def parse_anthropic_tools(tools: Iterable) -> Iterator[Tool]:
+    """Client tools -> Tool; those that Anthropic's servers run (web_search_20250305, ...) are left out."""
+    for tool in tools:
+        tool = typed(tool, {"type": str, "name": str, "description": str}, "tools")
+        if tool.get("type", "custom") == "custom":
+            if not tool.get("name"):
+                raise BadRequest("a tool has no name")
+            yield Tool(tool["name"], tool.get("description", ""), schema_of(tool.get("input_schema")))
+
+
+def parse_thinking(thinking: dict, output: dict) -> Any:
+    """`thinking` and `output_config.effort` -> None, bool or level."""
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") == "disabled":
+        return False
+    if thinking.get("type") == "enabled" and isinstance(budget, int):
+        return next(level for most, level in _BUDGETS if budget <= most)
+    return EFFORTS.get(as_text(output.get("effort")), True if thinking.get("type") == "enabled" else None)
+
+
+class AnthropicEncoder:
+    """Events -> SSE of /v1/messages, or one whole answer.  Blocks come one after the other, each with an index."""
+
+    media_type = EVENT_STREAM
+    tail = b""
+
+    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
+        del clock, started, sent, reasoning
+        self._call = call
+        self._message = {"id": "msg_" + call_id() + call_id() + call_id()[:6], "type": "message", "role": "assistant",
+                         "model": call.model, "content": []}
+        self._index, self._kind, self._deltas = -1, "", 0
+        self._called = False
+        self._ids: set = set()
+
+    def tick(self) -> None:
+        """Nothing here changes with time."""
+
+    def encode(self, event: Any) -> bytes:
+        """Returns the frames of one event."""
+        if isinstance(event, Failure):
+            return self.error(event.error)
+        if isinstance(event, Finish):
+            usage = self._usage(event.usage)
+            return self._begin() + self._stop() + self._frame("message_delta", delta={
+                "stop_reason": self._reason(event), "stop_sequence": None}, usage=usage) + self._frame("message_stop")
+        if isinstance(event, ToolCalls):
+            return self._begin() + b"".join(map(self._encode_call, event.calls))
+        self._deltas += 1
+        kind = "thinking" if isinstance(event, ThinkingDelta) else "text"
+        opened = self._begin() + (b"" if self._kind == kind else self._start({"type": kind, kind: ""}))
+        delta = {"type": f"{kind}_delta", kind: event.text}
+        return opened + self._frame("content_block_delta", index=self._index, delta=delta)
+
+    def error(self, error: ProxyError) -> bytes:
+        """The error event; no message_stop follows it."""
+        return self._frame("error", **render_anthropic_error(error))
+
+    def fold(self, events: Iterable) -> bytes:
+        """All events -> the JSON for stream:false.  Raises the error of a Failure."""
+        content, thinking, calls, _, finish = gather(events)
+        self._deltas, self._called = max(1, (len(content) + len(thinking)) // 4), bool(calls)
+        blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if thinking else []
+        blocks += [{"type": "text", "text": content}] if content else []
+        blocks += [{**self._tool_use(call), "input": call.arguments} for call in calls]
+        return dump({**self._message, "content": blocks, "stop_reason": self._reason(finish), "stop_sequence": None,
+                     "usage": self._usage(finish.usage)})
+
+    @staticmethod
+    def _frame(kind: str, **fields: Any) -> bytes:
+        return b"event: %b\n" % kind.encode() + sse_frame({"type": kind, **fields})
+
+    def _begin(self) -> bytes:
+        if self._index >= 0:
+            return b""
+        usage = {"input_tokens": self._call.prompt_tokens(), "output_tokens": 1}
+        self._index = 0
+        return self._frame("message_start", message={**self._message, "stop_reason": None, "stop_sequence": None,
+                                                     "usage": usage})
+
+    def _start(self, block: dict) -> bytes:
+        closed = self._stop()
+        self._kind = block["type"]
+        return closed + self._frame("content_block_start", index=self._index, content_block=block)
+
+    def _stop(self) -> bytes:
+        if not self._kind:
+            return b""
+        self._kind, self._index = "", self._index + 1
+        return self._frame("content_block_stop", index=self._index - 1)
+
+    def _encode_call(self, call: ToolCall) -> bytes:
+        self._called = True
+        delta = {"type": "input_json_delta", "partial_json": dump(call.arguments).decode()}
+        started = self._start({**self._tool_use(call), "input": {}})
+        return started + self._frame("content_block_delta", index=self._index, delta=delta) + self._stop()
+
+    def _tool_use(self, call: ToolCall) -> dict:
+        used = call.id if call.id and call.id not in self._ids else "toolu_" + call_id()
+        self._ids.add(used)
+        return {"type": "tool_use", "id": used, "name": call.name}
+
+    def _reason(self, finish: Finish) -> str:
+        return "max_tokens" if finish.reason == "length" else "tool_use" if self._called else "end_turn"
+
+    def _usage(self, usage: Usage) -> dict:
+        return {"input_tokens": usage.prompt_tokens or self._call.prompt_tokens(),
+                "output_tokens": usage.completion_tokens or self._deltas}
+
+
+_ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                     529: "overloaded_error"}
+
+
+def render_anthropic_error(error: ProxyError) -> dict:
+    """Anthropic's nested object."""
+    kind = _ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message},
+            "request_id": "req_" + call_id() + call_id()}
+
+
+ANTHROPIC = Dialect("anthropic", parse_anthropic, Encoder=AnthropicEncoder, render_error=render_anthropic_error)
+
+# ----------------------------------------------------------------------------
+# Room 8.  Responses dialect: /v1/responses, a face only, stateless (OpenAI Responses API; ollama-api 4.7)
+# ----------------------------------------------------------------------------
+
+RESPONSES_FIELDS = {
+    "model": str, "instructions": str, "input": object, "stream": bool, "temperature": float, "top_p": float,
+    "max_output_tokens": int, "tools": list, "tool_choice": object, "text": dict, "reasoning": dict,
+    "parallel_tool_calls": bool, "previous_response_id": str}
+ITEM_FIELDS = {"type": str, "role": str, "id": str, "call_id": str, "name": str, "namespace": str, "content": object,
+               "summary": list, "encrypted_content": str, "output": object, "input": str, "arguments": str}
+
+
+def parse_responses(body: dict, face: str = "chat") -> ChatCall:
+    """POST /v1/responses -> ChatCall; `labels` tell how the client named its tools.  Raises BadRequest."""
+    body = typed(body, RESPONSES_FIELDS)
+    model, given = body.get("model", "").strip(), body.get("input", "")
+    if not model:
+        raise BadRequest("model is required")
+    if body.get("previous_response_id") or body.get("conversation"):
+        raise BadRequest("previous_response_id is not supported here: nothing is stored, send the whole input")
+    if not isinstance(given, (str, list)) or not given:
+        raise BadRequest("input is required: a string or a list of items")
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    tools, labels = parse_responses_tools(body.get("tools", ()))
+    turns = [Message("system", body["instructions"])] if body.get("instructions") else []
+    wanted = as_dict(body.get("text", {}).get("format"))
+    choice = body.get("tool_choice")
+    if as_dict(choice).get("type") == "allowed_tools":
+        choice = {"allowed_tools": {"mode": choice.get("mode"), "tools": choice.get("tools")}}
+    options = present(temperature=body.get("temperature"), top_p=body.get("top_p"),
+                      max_tokens=body.get("max_output_tokens"))
+    return ChatCall(model, face, tie_results(tuple(turns + parse_items(items))), options=options, labels=labels,
+                    think=parse_effort({"reasoning": body.get("reasoning", {})}), stream=body.get("stream", False),
+                    format=parse_response_format({**wanted, "json_schema": wanted}),
+                    parallel=body.get("parallel_tool_calls"), **choose_tools(tools, choice))
+
+
+def parse_items(items: list) -> list[Message]:
+    """Input items -> turns: calls join the assistant turn before them, reasoning the one behind."""
+    turns: list[Message] = []
+    thinking = ""
+    for at, item in enumerate(items):
+        item = typed(item, ITEM_FIELDS, "input")
+        kind = item.get("type", "message" if "role" in item else "")
+        if kind == "message":
+            turn = parse_message({"role": item.get("role", "user"), "content": item.get("content", "")})
+            turns.append(turn._replace(thinking=thinking) if turn.role == "assistant" else turn)
+            thinking = "" if turn.role == "assistant" else thinking
+        elif kind == "reasoning":
+            parts = as_list(item.get("content")) or item.get("summary", [])
+            thinking = item.get("encrypted_content") or "".join(as_text(as_dict(part).get("text")) for part in parts)
+        elif kind in ("function_call", "custom_tool_call"):
+            arguments = {"input": item.get("input", "")} if kind == "custom_tool_call" else item.get("arguments")
+            call = parse_call({"id": item.get("call_id", ""), "arguments": arguments,
+                               "name": flat_name(item.get("namespace", ""), item.get("name", ""))})
+            if not turns or turns[-1].role != "assistant":
+                turns.append(Message("assistant", thinking=thinking))
+                thinking = ""
+            turns[-1] = turns[-1]._replace(tool_calls=turns[-1].tool_calls + (call,))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            result = parse_message({"role": "tool", "content": item.get("output", "")})
+            turns.append(result._replace(tool_call_id=item.get("call_id", "")))
+        elif not kind.endswith("_call"):        # web_search_call and others that a hosted tool has left
+            raise BadRequest(f'input[{at}]: unknown input item type: "{one_line(kind, 40)}"')
+    return turns
+
+
+_ONE_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def flat_name(namespace: str, name: str) -> str:
+    """The name under which the model sees a tool of a namespace."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+def parse_responses_tools(tools: Iterable) -> tuple[tuple, dict]:
+    """(Tools, name -> how the client calls it): functions, those inside namespaces, custom tools as functions of one
+    text.  Hosted tools (web_search, local_shell, ...) run at OpenAI alone, and are left out."""
+    found, labels = [], {}
+    for tool in tools:
+        tool = typed(tool, {"type": str, "name": str, "description": str, "tools": list}, "tools")
+        namespace = tool.get("name", "") if tool.get("type") == "namespace" else ""
+        for one in tool.get("tools", ()) if namespace else (tool,):
+            name, kind = as_text(as_dict(one).get("name")), as_dict(one).get("type")
+            if kind not in ("function", "custom"):
+                continue
+            if not name:
+                raise BadRequest("a tool has no name")
+            flat = flat_name(namespace, name)
+            labels[flat] = {**present(namespace=namespace or None), "name": name, "custom": kind == "custom"}
+            if kind == "function":
+                found += [parsed._replace(name=flat) for parsed in parse_tools([{"type": kind, "function": one}])]
+                continue
+            grammar = as_text(as_dict(one.get("format")).get("definition"))
+            told = [as_text(one.get("description")), grammar and f"The input must follow this grammar:\n{grammar}"]
+            found.append(Tool(flat, "\n\n".join(filter(None, told)), _ONE_TEXT))
+    return tuple(found), labels
+
+
+class ResponsesEncoder:
+    """Events -> SSE of /v1/responses, or one whole answer.  Items come one after the other; each is whole in its
+    `done` event, and again in the last."""
+
+    media_type = EVENT_STREAM
+    tail = b""
+
+    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
+        del started, sent, reasoning
+        self._call, self._created = call, int(clock.wall())
+        self._id = "resp_" + call_id() + call_id()
+        self._output: list[dict] = []       # items that are done
+        self._item: dict = {}               # the one that is open
+        self._text: list[str] = []          # of the open item
+        self._number, self._deltas, self._thought = 0, 0, 0
+
+    def tick(self) -> None:
+        """Nothing here changes with time."""
+
+    def encode(self, event: Any) -> bytes:
+        """Returns the frames of one event."""
+        if isinstance(event, Failure):
+            return self.error(event.error)
+        if isinstance(event, Finish):
+            return self._begin() + self._close() + self._finish(event)
+        if isinstance(event, ToolCalls):
+            return self._begin() + self._close() + b"".join(map(self._encode_call, event.calls))
+        self._deltas += 1
+        self._thought += isinstance(event, ThinkingDelta)
+        kind = "reasoning" if isinstance(event, ThinkingDelta) else "message"
+        frames = self._begin() + (b"" if self._item.get("type") == kind else self._close() + self._open(kind))
+        self._text.append(event.text)
+        name = "reasoning_summary_text" if kind == "reasoning" else "output_text"
+        return frames + self._frame(f"{name}.delta", **self._place(kind), delta=event.text)
+
+    def error(self, error: ProxyError) -> bytes:
+        """The failed response; nothing follows it."""
+        failed = {"code": _failure_code(error), "message": error.message}
+        return self._begin() + self._frame("failed", response=self._response("failed", Usage(), error=failed))
+
+    def fold(self, events: Iterable) -> bytes:
+        """All events -> the JSON for stream:false.  Raises the error of a Failure."""
+        finish = Finish("stop", Usage())
+        for event in events:
+            if isinstance(event, Failure):
+                raise event.error
+            self.encode(event)
+            finish = event if isinstance(event, Finish) else finish
+        status, details = self._ending(finish)
+        return dump(self._response(status, finish.usage, incomplete_details=details))
+
+    def _frame(self, kind: str, **fields: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        name = f"response.{kind}"
+        return b"event: %b\n" % name.encode() + sse_frame({"type": name, "sequence_number": number, **fields})
+
+    def _begin(self) -> bytes:
+        if self._number:
+            return b""
+        begun = self._response("in_progress", None)
+        return self._frame("created", response=begun) + self._frame("in_progress", response=begun)
+
+    def _place(self, kind: str) -> dict:
+        """Where a part stands that has begun, or grows."""
+        index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
+        return {"item_id": self._item["id"], "output_index": len(self._output), **index}
+
+    def _part(self, kind: str, text: str) -> dict:
+        return {"type": "summary_text", "text": text} if kind == "reasoning" else {
+            "type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _open(self, kind: str) -> bytes:
+        self._text = []
+        self._item = {"type": "reasoning", "id": "rs_" + call_id(), "summary": []} if kind == "reasoning" else {
+            "type": "message", "id": "msg_" + call_id(), "status": "in_progress", "role": "assistant", "content": []}
+        name = "reasoning_summary_part" if kind == "reasoning" else "content_part"
+        return self._frame("output_item.added", output_index=len(self._output), item=self._item) \
+            + self._frame(f"{name}.added", **self._place(kind), part=self._part(kind, ""))
+
+    def _close(self) -> bytes:
+        if not self._item:
+            return b""
+        kind, text = self._item["type"], "".join(self._text)
+        name, part = ("output_text", "content_part") if kind == "message" else (
+            "reasoning_summary_text", "reasoning_summary_part")
+        place, whole = self._place(kind), self._part(kind, text)
+        frames = self._frame(f"{name}.done", **place, text=text) + self._frame(f"{part}.done", **place, part=whole)
+        item = {**self._item, "summary": [whole], "encrypted_content": text} if kind == "reasoning" else {
+            **self._item, "status": "completed", "content": [whole]}
+        self._item = {}
+        return frames + self._done(item)
+
+    def _done(self, item: dict) -> bytes:
+        self._output.append(item)
+        return self._frame("output_item.done", output_index=len(self._output) - 1, item=item)
+
+    def _encode_call(self, call: ToolCall) -> bytes:
+        label = dict(self._call.labels.get(call.name, {"name": call.name}))
+        custom = label.pop("custom", False)
+        key, kind = ("input", "custom_tool_call") if custom else ("arguments", "function_call")
+        text = as_text(call.arguments.get("input")) if custom else dump(call.arguments).decode()
+        item = {"type": kind, "id": ("ctc_" if custom else "fc_") + call_id(), **label,
+                "call_id": call.id or "call_" + call_id(), "status": "in_progress", key: ""}
+        place = {"item_id": item["id"], "output_index": len(self._output)}
+        name = "custom_tool_call_input" if custom else "function_call_arguments"
+        return self._frame("output_item.added", output_index=len(self._output), item=item) \
+            + self._frame(f"{name}.delta", **place, delta=text) + self._frame(f"{name}.done", **place, **{key: text}) \
+            + self._done({**item, "status": "completed", key: text})
+
+    @staticmethod
+    def _ending(finish: Finish) -> tuple[str, Optional[dict]]:
+        cut = finish.reason == "length"
+        return ("incomplete", {"reason": "max_output_tokens"}) if cut else ("completed", None)
+
+    def _finish(self, finish: Finish) -> bytes:
+        status, details = self._ending(finish)
+        return self._frame(status, response=self._response(status, finish.usage, incomplete_details=details))
+
+    def _response(self, status: str, usage: Optional[Usage], **beside: Any) -> dict:
+        """The response object as it is by now."""
+        call = self._call
+        told = None
+        if usage is not None:
+            read, written = usage.prompt_tokens or call.prompt_tokens(), usage.completion_tokens or self._deltas
+            told = {"input_tokens": read, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": written,
+                    "output_tokens_details": {"reasoning_tokens": min(self._thought, written)},
+                    "total_tokens": read + written}
+        return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
+                "incomplete_details": None, "instructions": None, "model": call.model, "output": list(self._output),
+                "max_output_tokens": call.options.get("max_tokens"), "parallel_tool_calls": call.parallel is not False,
+                "previous_response_id": None, "store": False, "temperature": call.options.get("temperature"),
+                "top_p": call.options.get("top_p"), "tool_choice": "auto", "tools": [], "truncation": "disabled",
+                "metadata": {}, "usage": told, **beside}
+
+
+def _failure_code(error: ProxyError) -> str:
+    """What Codex and the SDKs read: which failures are final, and which are worth another try."""
+    if re.search(r"context.{0,20}(length|size|window)|too many tokens", error.message):
+        return "context_length_exceeded"
+    codes = {402: "insufficient_quota", 429: "rate_limit_exceeded", 503: "server_is_overloaded",
+             529: "server_is_overloaded"}
+    return codes.get(error.status, "invalid_prompt" if 400 <= error.status < 500 else "server_error")
+
+
+RESPONSES = Dialect("responses", parse_responses, Encoder=ResponsesEncoder, render_error=render_openai_error)
+
+# ----------------------------------------------------------------------------
+# Room 9.  Translation: a decoder and an encoder joined into a generator of lines
 #
 # Pieces of the target's body go in, a list of client lines comes out for each of them.  Between
 # decoder and encoder stand steps: small filters of events, one for each thing that text may hide.
@@ -2722,7 +3187,7 @@ class Translation:
                  redact: Callable = lambda text: text, tap: Optional[Callable] = None, shortcut: bool = True) -> None:
         self.decoder, self.encoder, self._steps, self._observe = decoder, encoder, list(steps), observe
         self._redact, self._tap = redact, tap
-        self.shortcut = Shortcut(self) if shortcut and tap is None else None
+        self.shortcut = Shortcut(self) if shortcut and tap is None and hasattr(encoder, "around") else None
         self._failure: Optional[ProxyError] = None
         self._ended = False
 
@@ -2877,7 +3342,7 @@ def rewritten(text: bytes) -> Optional[bytes]:
     return encode_text(value)[1:-1].encode("ascii") if end == len(quoted) else None
 
 # ----------------------------------------------------------------------------
-# Room 8.  Configuration: presets, flags and environment become one frozen value
+# Room 10.  Configuration: presets, flags and environment become one frozen value
 #
 # A flag beats the environment, which beats the env file, which beats the default.
 # ----------------------------------------------------------------------------
@@ -2887,7 +3352,7 @@ class Preset(NamedTuple):
     """One known server: where it is, which variable holds its key, and how it differs.
 
     `hosts` recognises it behind a plain URL; `lessons` is what self-healing would find out anyway
-    (room 11): a key to another name, or to None for leaving it out.
+    (room 13): a key to another name, or to None for leaving it out.
     """
 
     url: str = ""
@@ -3155,6 +3620,8 @@ SETTINGS = (
             + " and ".join(BUILT_IN_THINK_MODELS), comma_list, env="THINK_MODELS"),
     Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
             "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
+    Setting("--translate", "auto|always|never", "auto",
+            "/v1/messages and /v1/responses: where the target lacks them, always, or never (relayed)"),
     Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes"),
     Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the target tells none", _number(int, 1)),
     Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version"),
@@ -3346,8 +3813,32 @@ def read_filter_file(path: str) -> tuple:
     lines = [line.partition("#")[0].strip() for line in read_lines(path, "models-filter.txt", "--models-filter")]
     return tuple(filter(None, lines))
 
+
+def short_name(model_id: str) -> str:
+    """An id without its vendor."""
+    return model_id.rpartition("/")[2]
+
+
+# What --set knows besides options.
+_NO_OPTIONS = ("think", "keep_alive", "format", "reasoning", "open_think", "capabilities")
+
+
+def settings_for(config: Config, *names: str) -> tuple[dict, dict]:
+    """What --set says of a model with any of these names, with or without vendor and tag -> (options, the rest).
+    The first row that fits wins."""
+    if not config.set:
+        return {}, {}
+    forms = {form.lower() for name in names for form in (name, short_name(name))}
+    forms |= {re.sub(":(latest|proxy)$", "", form) for form in forms}
+    found: dict = {}
+    for pattern, values in config.set:
+        if any(fnmatch.fnmatchcase(form, pattern.lower()) for form in forms):
+            found = {**values, **found}
+    rest = {key: found.pop(key) for key in _NO_OPTIONS if key in found}
+    return found, rest
+
 # ----------------------------------------------------------------------------
-# Room 9.  Upstream: dial, send, read, pool; and the watch for clients that leave
+# Room 11.  Upstream: dial, send, read, pool; and the watch for clients that leave
 #
 # http.client dials (proxies, tunnels, TLS) and sends.  Answers are read by the same Wire that reads
 # requests: http.client's HTTPResponse hands out one HTTP chunk a call, takes the end of the stream
@@ -3929,7 +4420,7 @@ def reason_of(error: Exception) -> str:
     return one_line(text[:1].lower() + text[1:], 200)
 
 # ----------------------------------------------------------------------------
-# Room 10.  Catalogue: what the target serves, under which names, with what metadata
+# Room 12.  Catalogue: what the target serves, under which names, with what metadata
 # ----------------------------------------------------------------------------
 
 # Kinds of models that answer neither chats nor embeddings (upstreams rule 90).
@@ -4232,6 +4723,8 @@ class Catalogue:
         """Ollama's words; what nobody told is assumed so that clients do not hide the model (rule 91)."""
         traits = {"completion": True, "tools": True, "embedding": bool(_EMBEDDING_NAME.search(info.id)),
                   "vision": bool(_VISION_NAME.search(info.id)), **info.traits}
+        for word in comma_list(str(settings_for(self._config, info.id)[1].get("capabilities", ""))):
+            traits[word.lstrip("-")] = word[0] != "-"
         if traits["embedding"]:
             return ("embedding",)
         traits["thinking"] = (traits.get("thinking") or info.id in self._thinkers) and self._config.reasoning != "merge"
@@ -4324,13 +4817,8 @@ class Catalogue:
         told = read_model({**payload, "id": models[0].id}) if len(models) == 1 else None
         return [told] if told and any((told.context, told.context_now, told.family, told.template, told.traits)) else []
 
-
-def short_name(model_id: str) -> str:
-    """An id without its vendor."""
-    return model_id.rpartition("/")[2]
-
 # ----------------------------------------------------------------------------
-# Room 11.  Healing: what a target refused, and what to send instead
+# Room 13.  Healing: what a target refused, and what to send instead
 #
 # A refusal before the first event that names something we sent is answered by sending the request
 # once more in another way: a remedy either edits the body or changes the target's habits, after which
@@ -4701,7 +5189,7 @@ class CallExtras:
         return digest_of(json.dumps([call.id, call.name, call.arguments], sort_keys=True).replace(".0", ""))
 
 # ----------------------------------------------------------------------------
-# Room 12.  Operations: one short function per verb
+# Room 14.  Operations: one short function per verb
 # ----------------------------------------------------------------------------
 
 
@@ -4820,6 +5308,7 @@ class Context:
         self.upstream = Upstream(config)
         self.healer = Healer(self.target.preset)
         self.call_extras = CallExtras()
+        self.absent: dict = {}          # route that the target lacks -> until when it is not asked for it
         self.openers: set = set()       # models whose answers begin inside a think tag
         self.fallback = parse_target(config.fallback, "ollama") if config.fallback else None
         known = bool(self.target.name or self.target.preset.hosts)
@@ -4965,24 +5454,6 @@ def blame_our_key(context: Context, error: ProxyError, request: Request) -> Prox
     return error
 
 
-_NO_OPTIONS = ("think", "keep_alive", "format", "reasoning", "open_think")     # what --set knows besides options
-
-
-def settings_for(config: Config, *names: str) -> tuple[dict, dict]:
-    """What --set says of a model with any of these names, with or without vendor and tag -> (options, the rest).
-    The first row that fits wins."""
-    if not config.set:
-        return {}, {}
-    forms = {form.lower() for name in names for form in (name, short_name(name))}
-    forms |= {re.sub(":(latest|proxy)$", "", form) for form in forms}
-    found: dict = {}
-    for pattern, values in config.set:
-        if any(fnmatch.fnmatchcase(form, pattern.lower()) for form in forms):
-            found = {**values, **found}
-    rest = {key: found.pop(key) for key in _NO_OPTIONS if key in found}
-    return found, rest
-
-
 def with_defaults(config: Config, model: str, call: ChatCall) -> ChatCall:
     """--set, where the client said nothing."""
     values, rest = settings_for(config, model, call.model)
@@ -5009,7 +5480,7 @@ def converse(request: Request, scope: Scope) -> Response:
     if client is target:
         return RELAYS[client.name](request, scope)
     call = client.parse_chat(load_request(request.body), request.route.face)
-    info = context.catalogue.resolve(call.model, client is OPENAI)
+    info = context.catalogue.resolve(call.model, client is not OLLAMA)
     if not call.messages and call.prompt is None:
         return json_response(load_answer(call, context.clock.stamp()))
     call = with_defaults(config, info.id, call)
@@ -5045,6 +5516,27 @@ def converse(request: Request, scope: Scope) -> Response:
     response = Response(200, translation.whole(data))
     context.log.data("Ollama response" if client is OLLAMA else "Response", response.lines[0][0], request.started)
     return response
+
+
+def relay_or_translate(request: Request, scope: Scope) -> Response:
+    """POST /v1/messages, /v1/responses: relayed where the target speaks the route, else translated."""
+    context, how = scope.context, scope.context.config.translate
+    if how == "never" or (how == "auto" and context.absent.get(request.path, 0.0) < time.monotonic()):
+        response = relay_openai(request, scope)
+        if how == "never" or not lacks_route(response):
+            return response
+        context.absent[request.path] = time.monotonic() + ROUTE_MEMORY
+    if request.route.face == "count":
+        call = parse_anthropic(load_request(request.body), "count")
+        return json_response({"input_tokens": call.prompt_tokens()})    # an estimate: a quarter of the bytes
+    return converse(request, scope)
+
+
+def lacks_route(response: Response) -> bool:
+    """Whether an answer means that the target has no such endpoint, rather than no such model.  LM Studio says it
+    with status 200."""
+    body = b"".join(response.lines[0]) if isinstance(response.lines, list) else b""
+    return (response.status in (404, 405, 501) and b"model" not in body.lower()) or b"Unexpected endpoint" in body[:200]
 
 
 def observer(context: Context, model: str, steps: list) -> Callable:
@@ -5435,7 +5927,7 @@ DIALECTS = {"ollama": OLLAMA, "openai": OPENAI}
 RELAYS = {"ollama": relay_native, "openai": relay_openai}
 
 # ----------------------------------------------------------------------------
-# Room 13.  Routes: the dispatch table
+# Room 15.  Routes: the dispatch table
 # ----------------------------------------------------------------------------
 
 
@@ -5477,6 +5969,9 @@ ROUTES = {
     ("POST", "/v1/chat/completions"): Route(converse, OPENAI, "chat"),
     ("POST", "/v1/completions"): Route(converse, OPENAI, "completion"),
     ("POST", "/v1/embeddings"): Route(embed, OPENAI, "embed"),
+    ("POST", "/v1/messages"): Route(relay_or_translate, ANTHROPIC, "chat"),
+    ("POST", "/v1/messages/count_tokens"): Route(relay_or_translate, ANTHROPIC, "count"),
+    ("POST", "/v1/responses"): Route(relay_or_translate, RESPONSES, "chat"),
 }
 
 _ARGUMENTS = {"/api/blobs/": "{digest}", "/v1/models/": "{id}"}        # paths that end in one
@@ -5524,26 +6019,13 @@ def match(request: Request, context: Context) -> Route:
     raise BadRequest(f"{one_line(path, 100)} not found", 404)
 
 
-def request_dialect(request: Optional[Request]) -> Any:
+def request_dialect(request: Optional[Request]) -> Dialect:
     """Who must understand our errors: told by the path alone, so that it works for paths unknown."""
     path = request.path if request is not None else "/"
-    if path.startswith("/v1/messages"):
-        return AnthropicErrors
-    return OPENAI if path.startswith("/v1") else OLLAMA
-
-
-class AnthropicErrors:
-    """The error shape of /v1/messages, which is relayed and not translated."""
-
-    _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-              404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
-
-    @classmethod
-    def render_error(cls, error: ProxyError) -> dict:
-        return {"type": "error", "error": {"type": cls._TYPES.get(error.status, "api_error"), "message": error.message}}
+    return ANTHROPIC if path.startswith("/v1/messages") else OPENAI if path.startswith("/v1") else OLLAMA
 
 # ----------------------------------------------------------------------------
-# Room 14.  HTTP server: sockets to Request, Response to sockets
+# Room 16.  HTTP server: sockets to Request, Response to sockets
 #
 # ThreadingHTTPServer gives every connection a thread.  Heads are parsed here, strictly (RFC 9112):
 # http.server's own parser forgives what smuggles requests.
@@ -5968,7 +6450,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if streams:
             return pieces
         coding, found, size = request.headers.get("content-encoding", "").strip().lower(), [], 0
-        if request.route.operation is relay_openai and coding not in CODINGS and not self.context.catalogue.filtered:
+        relayed = request.route.operation in (relay_openai, relay_or_translate) and not self.context.catalogue.filtered
+        if relayed and coding not in CODINGS:
             request.headers["content-type"] = "application/octet-stream"    # not to be read here: it passes as it is
         elif request.headers.pop("content-encoding", "") and coding != "identity":
             pieces = map(inflater(coding, unreadable), itertools.chain(pieces, [None]))
@@ -5992,7 +6475,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         error.message = self._why = self.context.log.redact(error.message)
         dialect = request_dialect(request)
         headers = list(error.headers)
-        if isinstance(error, BadRequest) and request.path.startswith("/v1"):
+        if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
             headers.append(("x-should-retry", "false"))     # OpenAI's and Anthropic's SDKs ask again otherwise
         response = json_response(dialect.render_error(error), error.status, headers)
         if error.status == 403 and isinstance(error, BadRequest):
@@ -6065,7 +6548,7 @@ def too_large(limit: int) -> BadRequest:
     return BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413, close=True)
 
 # ----------------------------------------------------------------------------
-# Room 15.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
+# Room 17.  Demo target: a tiny OpenAI-compatible server for --demo and the tests
 # ----------------------------------------------------------------------------
 
 
@@ -6088,8 +6571,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Chat, completions, embeddings."""
         body = load(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        if body.get("model") not in ("demo-chat", "demo-embed"):
-            self._answer(None)
+        if self.path in ("/v1/embeddings", "/v1/chat/completions", "/v1/completions") \
+                and body.get("model") not in ("demo-chat", "demo-embed"):
+            self._answer(None, f"model {body.get('model')!r} does not exist")
         elif self.path == "/v1/embeddings":
             call = parse_openai_embed(body)
             usage = Usage(sum(len(text.split()) for text in call.inputs))
@@ -6135,8 +6619,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             time.sleep(self.server.pace)
         self.wfile.write(http_chunk(encoder.tail) + LAST_CHUNK)
 
-    def _answer(self, value: Optional[dict]) -> None:
-        data = dump(value or {"error": {"message": f"no such model, or no {self.path} here"}})
+    def _answer(self, value: Optional[dict], missing: str = "nothing here") -> None:
+        data = dump(value or {"error": {"message": missing}})
         self.send_response(200 if value else 404)
         self.send_header("Content-Type", JSON)
         self.send_header("Content-Length", str(len(data)))
@@ -6165,7 +6649,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         """A client that left is no news."""
 
 # ----------------------------------------------------------------------------
-# Room 16.  Command line: main, --check, signals, banner
+# Room 18.  Command line: main, --check, signals, banner
 # ----------------------------------------------------------------------------
 
 

@@ -4200,7 +4200,7 @@ def test_a_filter_has_no_back_doors(start, target):
     for name, status in (("qwen3:8b", 404), ("m", 200)):
         form = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--\r\n'.encode()
         assert proxy.post("/v1/audio/transcriptions", form, {"Content-Type": "multipart/form-data; boundary=b"}).status == status
-    assert proxy.call("PUT", "/v1/responses", hidden).status == 404 and proxy.post("/v1/responses", {"model": ["qwen3:8b"]}).status == 400
+    assert proxy.call("PUT", "/v1/files", hidden).status == 404 and proxy.post("/v1/responses", {"model": ["qwen3:8b"]}).status == 400
     assert [model["id"] for model in proxy.get("/v1/%6dodels")["data"]] == ["m"]
     proxy.post("/v1/chat/completions", b'{"model":"m","MODEL":"qwen3:8b","Model":"qwen3:8b","messages":[]}')
     proxy.post("/v1/chat/completions", b'{"model":"qwen3:8b","model":"m","messages":[]}')
