@@ -4626,19 +4626,21 @@ class Catalogue:
         if found is None and self._models and time.monotonic() - max(self._fetched, self._failed) > 1.0:
             self._update(LIST_TIMEOUT, force=True)      # it may be new
             found = self._find(name)
-        if found is not None:
-            return found
-        if not self._models and not self._patterns:
-            return ModelInfo(dict(self._config.alias).get(name, name), shown=name)
-        if unlisted and not self._patterns or self._passes_unlisted(name):
-            return ModelInfo(name, shown=name)
-        raise model_not_found(name)
+        if found is None:               # an alias may be a glob, and may mean what stands in no list
+            meant = next((model for pattern, model in self._config.alias if fnmatch.fnmatchcase(name, pattern)), name)
+            found = self._find(meant)
+            trusted = not self._models or unlisted or meant != name or self._passes_unlisted(name)
+            if found is None and trusted and not self._patterns:
+                found = ModelInfo(meant, shown=name)
+        if found is None:
+            raise model_not_found(name)
+        return found
 
     def _passes_unlisted(self, name: str) -> bool:
         """Azure's deployments and OpenRouter's variants (x:online) are real and stand in no list."""
         target = self._config.destination
-        return not self._patterns and (target.key_header == "api-key" or (
-            target.preset.strip_vendor and self._find(name.rpartition(":")[0]) is not None))
+        return target.key_header == "api-key" or (
+            target.preset.strip_vendor and self._find(name.rpartition(":")[0]) is not None)
 
     def is_hidden(self, model_id: str) -> bool:
         """A models filter keeps it from clients."""
@@ -4677,7 +4679,7 @@ class Catalogue:
             cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
             shown = self.shown_name(short if cut else info.id)
             info = info._replace(shown=shown, capabilities=self._capabilities(info))
-            own = [alias for alias, model_id in self._config.alias if model_id == info.id]
+            own = [alias for alias, model_id in self._config.alias if model_id == info.id and "*" not in alias]
             if not self._allowed(info, own):
                 continue
             names[info.id] = info
@@ -5919,7 +5921,7 @@ def filtered_native(context: Context, path: str) -> Response:
     for alias, model in context.config.alias:
         shown = context.catalogue.shown_name(alias)
         kept += [{**entry, "name": shown, "model": shown, "digest": digest_of(alias)}
-                 for entry in entries if entry.get("name") in (model, f"{model}:latest")]
+                 for entry in entries if entry.get("name") in (model, f"{model}:latest") and "*" not in alias]
     return json_response({**payload, "models": kept})
 
 
