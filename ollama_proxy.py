@@ -114,7 +114,7 @@ HOP_BY_HOP = frozenset((
 PRIVATE_HEADERS = frozenset((
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length", "expect", "origin",
     "referer", "accept-encoding", "forwarded", "x-forwarded-for", "x-forwarded-host",
-    "x-forwarded-proto", "x-real-ip", "user-agent"))
+    "x-forwarded-proto", "x-real-ip", "user-agent", "x-ollama-proxy"))
 ACCOUNT_HEADERS = frozenset(("openai-organization", "openai-project"))
 
 # Node allows 16 KiB of headers, nginx 4 x 8 KiB, Apache 100 fields; clients behind corporate
@@ -441,9 +441,9 @@ class ClientGone(ProxyError):
     status = 499
 
 
-def model_not_found(name: str) -> BadRequest:
-    """404 in Ollama's own words (ollama-api 1.4), which several clients search for."""
-    return BadRequest(f"model '{name}' not found", 404, code="model_not_found")
+def model_not_found(name: str, hint: str = "") -> BadRequest:
+    """404 in Ollama's own words (ollama-api 1.4), which several clients search for; `hint` follows them."""
+    return BadRequest(f"model '{name}' not found{hint}", 404, code="model_not_found")
 
 
 # ----------------------------------------------------------------------------
@@ -3451,6 +3451,10 @@ def parse_target(value: str, api: str = "auto") -> Target:
             raise UsageError(f"preset {name} needs a URL of your own: --target https://NAME.openai.azure.com/openai/v1")
         text = preset.url
     else:
+        near = did_you_mean(name, PRESETS) if re.fullmatch(r"[\w-]+", name) else ""
+        if near or re.match(r"https?:/?[^/]", name):
+            what = f"no such preset{near}" if near else "write http://HOST"
+            raise UsageError(f"bad target {one_line(value, 100)!r}: {what}")
         name = ""
     if "://" not in text:
         text = "http://" + text
@@ -3468,9 +3472,9 @@ def parse_target(value: str, api: str = "auto") -> Target:
         preset = next((row for row in PRESETS.values()
                        if any(fnmatch.fnmatchcase(parts.hostname, host) for host in row.hosts)), Preset())
     path = parts.path.rstrip("/")
-    for ending in ("/chat/completions", "/api/chat"):      # what people paste from manuals
-        if path.endswith(ending):
-            path = path[:-len(ending)]
+    # What people paste from manuals.
+    path = re.sub(r"/(chat/completions|completions|embeddings|models|responses|messages"
+                  r"|api(/(chat|generate|tags))?)$", "", path)
     base = path or ("" if api == "ollama" else "/v1")
     root = path[:-3] if path.endswith("/v1") else path
     return Target(parts.scheme, parts.hostname, port or {"http": 80, "https": 443}[parts.scheme],
@@ -3510,7 +3514,10 @@ class Setting(NamedTuple):
 
 def _number(kind: type, least: float, most: float = 1e12) -> Callable:
     def parse(text: Any) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
         if not least <= value <= most:
             raise ValueError(f"must be between {least:g} and {most:g}")
         return value
@@ -3586,72 +3593,97 @@ def parse_header(text: str) -> tuple[str, str]:
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
+def parse_origins(text: str) -> tuple:
+    """A list of browser origins -> tuple; each names its scheme."""
+    for origin in comma_list(text):
+        if origin != "*" and "://" not in origin:
+            raise ValueError(f"{origin} is no origin such as https://chat.example.com")
+    return comma_list(text)
+
+
+def parse_version(text: str) -> str:
+    """X.Y.Z, which clients compare number by number."""
+    if not re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+\S*", text):
+        raise ValueError("X.Y.Z is expected")
+    return text
+
+
+def did_you_mean(word: str, words: Iterable) -> str:
+    """" (did you mean ...?)" when one of `words` is near."""
+    import difflib                      # needed for mistakes alone
+    near = difflib.get_close_matches(word, list(words), 1, 0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def comma_list(text: str) -> tuple:
     """"a, b" -> ("a", "b")."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+# In groups, as --help and the README show them.
+GROUPS = {"target": "Target", "listen": "Listening", "models_filter": "Models", "reasoning": "Thinking",
+          "client_key": "Security and TLS", "timeout": "Limits", "debug": "Logs", "env_file": "Else"}
 SETTINGS = (
     Setting("--target --lmstudio-url --base-url", "URL|PRESET", DEFAULT_TARGET,
-            "whom we call; a URL without a path gets /v1, or the name of a preset: " + ", ".join(PRESETS),
-            env="OLLAMA_BASE_URL"),
-    Setting("--target-api", "auto|openai|ollama", "auto", "what the target speaks; auto asks it"),
+            "the server; a URL without a path gets /v1; or a preset: " + ", ".join(PRESETS), env="OLLAMA_BASE_URL"),
+    Setting("--target-api", "auto|openai|ollama", "auto", "what the server speaks; auto asks it"),
+    Setting("--api-key", "KEY", "", "key for the server; a preset also reads its own variable", secret=True),
+    Setting("--forward-auth", "", False, "pass a client's own key on to the server"),
+    Setting("--header", "'K: V'", (), "a header for every target request", parse_header, repeat="\n", secret=True),
+    Setting("--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
+            "value " + DEFAULT_FALLBACK, optional=DEFAULT_FALLBACK),
+    Setting("--translate", "auto|always|never", "auto",
+            "/v1/messages and /v1/responses: where the server lacks them, always, or never"),
+    Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes"),
     Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
-            "where we listen; :PORT is every interface; 127.0.0.1:4000 when the target is an Ollama on 11434",
+            "where clients come; :PORT is every interface; 127.0.0.1:4000 when the server is an Ollama on 11434",
             parse_listen),
     Setting("--host", "HOST", "", "the host part of --listen alone"),
     Setting("--port", "PORT", None, "the port part of --listen alone", _number(int, 0, 65535)),
-    Setting("--api-key", "KEY", "", "key for the target; a preset also reads its own variable", secret=True),
-    Setting("--client-key", "KEY", "", "key that clients must send (Bearer or x-api-key)", secret=True),
-    Setting("--forward-auth", "", False, "pass a client's own key on to the target"),
-    Setting("--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
-            "value " + DEFAULT_FALLBACK, optional=DEFAULT_FALLBACK),
+    Setting("--workers", "N", 1, "processes on one socket (POSIX)", _number(int, 1, 256)),
     Setting("--models-filter", "FILE", "", "which models exist: one name or glob a line, # comments, "
             "! excludes; models-filter.txt is read when present"),
-    Setting("--alias", "NAME=ID", (), "another name for a model", parse_alias, repeat=";"),
+    Setting("--alias", "NAME=ID", (), "another name for a model; NAME may be a glob", parse_alias, repeat=";"),
     Setting("--tag", "TAG|none", "latest", "tag shown after an id without one"),
     Setting("--strip-vendor", "", None, "show openai/gpt-4o as gpt-4o (default for openrouter)"),
     Setting("--keep-vendor", "", None, "show ids with their vendor"),
+    Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
+            "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
+    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the server tells none", _number(int, 1)),
+    Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version", parse_version),
     Setting("--reasoning", "separate|merge|drop", "separate",
             "where thinking goes: its own field, the text between think tags, or nowhere"),
     Setting("--reasoning-field", "both|reasoning_content|reasoning", "both",
             "the field that carries thinking on /v1 in front of an Ollama"),
-    Setting("--think-models", "LIST", (), "models of an Ollama target that always think, besides "
+    Setting("--think-models", "LIST", (), "models of an Ollama that always think, besides "
             + " and ".join(BUILT_IN_THINK_MODELS), comma_list, env="THINK_MODELS"),
-    Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
-            "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
-    Setting("--translate", "auto|always|never", "auto",
-            "/v1/messages and /v1/responses: where the target lacks them, always, or never (relayed)"),
-    Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes"),
-    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the target tells none", _number(int, 1)),
-    Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version"),
-    Setting("--timeout", "S", 600.0, "longest silence of the target, in seconds", _number(float, 0.1)),
-    Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the target", _number(float, 0.1)),
+    Setting("--client-key", "KEY", "", "key that clients must send (Bearer or x-api-key)", secret=True),
+    Setting("--origins", "LIST", (), "browser origins allowed besides Ollama's own defaults, such as "
+            "'https://chat.example.com,chrome-extension://*'", parse_origins, env="OLLAMA_ORIGINS"),
+    Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's", env="SSL_CERT_FILE"),
+    Setting("--client-cert", "FILE", "", "certificate and key (one PEM) shown to the server"),
+    Setting("--insecure", "", False, "do not check the server's certificate"),
+    Setting("--tls-cert", "FILE", "", "certificate for TLS towards clients"),
+    Setting("--tls-key", "FILE", "", "its private key, when not in the same file"),
+    Setting("--timeout", "S", 600.0, "longest silence of the server, in seconds", _number(float, 0.1)),
+    Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the server", _number(float, 0.1)),
     Setting("--client-timeout", "S", CLIENT_TIMEOUT,
             "longest wait for a client: a request head, its next request, its reading", _number(float, 0.1)),
     Setting("--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1)),
     Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503", _number(int, 1)),
     Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
-    Setting("--origins", "LIST", (), "browser origins allowed besides Ollama's own defaults, such as "
-            "'https://chat.example.com,chrome-extension://*'", comma_list, env="OLLAMA_ORIGINS"),
-    Setting("--ca-file", "FILE", "", "certificates of a private CA, besides the system's", env="SSL_CERT_FILE"),
-    Setting("--client-cert", "FILE", "", "certificate and key (one PEM) shown to the target"),
-    Setting("--insecure", "", False, "do not check the target's certificate"),
-    Setting("--header", "'K: V'", (), "a header for every target request", parse_header, repeat="\n", secret=True),
-    Setting("--tls-cert", "FILE", "", "certificate for TLS towards clients"),
-    Setting("--tls-key", "FILE", "", "its private key, when not in the same file"),
-    Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
-    Setting("--workers", "N", 1, "processes on one socket (POSIX)", _number(int, 1, 256)),
     Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden"),
     Setting("--no-log", "", False, "print nothing but errors"),
-    Setting("--demo", "", False, "start a tiny target inside and use it"),
-    Setting("--check", "", False, "ask the target everything we need, print the findings, exit"),
+    Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
+    Setting("--demo", "", False, "start a tiny server inside and use it"),
+    Setting("--check", "", False, "ask the server everything that clients need, print the findings, exit"),
 )
 
 
-class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + ["destination", "address", "sources"])):
-    """All settings, frozen.  `destination` is the Target, `address` the (host, port) to listen on,
-    `sources` says per field whether it came from a flag, a variable or the default."""
+class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
+                                    + ["destination", "address", "sources", "files", "notes"])):
+    """All settings, frozen.  `destination` is the Target, `address` the (host, port) to listen on, `sources` says per
+    field whether it came from a flag, a variable or the default, `files` were read, `notes` are for the operator."""
 
     __slots__ = ()
 
@@ -3676,9 +3708,17 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + 
     def from_args(cls, argv: Optional[list] = None, environ: Optional[dict] = None) -> "Config":
         """Command line and environment -> Config.  Raises UsageError with one clear line."""
         given = vars(argument_parser().parse_args(argv))
+        if given["bare_target"] and given["target"]:
+            raise UsageError(f"two targets: {given['bare_target']} and --target {given['target']}")
+        given["target"] = given["target"] or given["bare_target"]
         environ = dict(os.environ if environ is None else environ)
-        for name, value in read_env_file(given.get("env_file") or environ.get("OLLAMA_PROXY_ENV_FILE")).items():
+        env_file = given.get("env_file") or environ.get("OLLAMA_PROXY_ENV_FILE")
+        found, notes = read_env_file(env_file)
+        for name, value in found.items():
             environ.setdefault(name, value)
+        known = [name for row in SETTINGS for name in row.variables]
+        notes += [f"{name} is no setting{did_you_mean(name, known)}" for name in environ
+                  if name.startswith("OLLAMA_PROXY_") and name not in known]
         values, sources = {}, {}
         for row in SETTINGS:
             values[row.field], sources[row.field] = _value_of(row, given.get(row.field), environ)
@@ -3692,7 +3732,13 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS] + 
             parse_target(values["fallback"], "ollama")
         if values["tag"].lower() == "none":
             values["tag"] = ""
-        return cls(**values, destination=target, address=_pick_address(values, sources, target), sources=sources)
+        if values["tls_key"] and not values["tls_cert"]:
+            raise UsageError(f"--tls-key {values['tls_key']}: --tls-cert is missing, and TLS needs both")
+        notes += [f"--set {pattern}: {key} is no option that is known{did_you_mean(key, KNOWN_OPTIONS)}"
+                  for pattern, options in values["set"] for key in options if key not in KNOWN_OPTIONS]
+        files = (env_file or ".env", values["models_filter"] or "models-filter.txt")
+        return cls(**values, destination=target, address=_pick_address(values, sources, target), sources=sources,
+                   files=tuple(filter(os.path.isfile, files)), notes=tuple(notes))
 
 
 def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
@@ -3721,6 +3767,7 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
     key = values["api_key"]
     if not key and target.preset.key_env and (target.name or target.preset.hosts):
         key = environ.get(target.preset.key_env, "").strip()
+        sources["api_key"] = target.preset.key_env if key else "default"
     if key and (not key.isascii() or not key.isprintable() or " " in key):
         raise UsageError(f"--api-key must be printable ASCII without spaces ({sources['api_key']})")
     if target.preset.hosts and not key and not values["forward_auth"] and not values["demo"]:
@@ -3755,18 +3802,22 @@ def is_loopback(host: str) -> bool:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """--help is SETTINGS, spelled out."""
+    """--help is SETTINGS, spelled out in groups."""
     parser = argparse.ArgumentParser(
-        prog="ollama_proxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [TARGET]", add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
         description="Point any Ollama client at any OpenAI-compatible server, and the reverse.",
-        epilog="examples:\n"
-               "  ollama_proxy.py --demo                                   try it without any model\n"
-               "  ollama_proxy.py                                          LM Studio on this machine\n"
-               "  ollama_proxy.py --target http://localhost:8080           llama.cpp\n"
-               "  OPENROUTER_API_KEY=... ollama_proxy.py --target openrouter\n"
-               "  ollama_proxy.py --target ollama                          OpenAI clients in front of an Ollama\n")
+        epilog="A flag beats its variable, which beats .env, which beats the default.  Examples:\n"
+               "  %(prog)s --demo                                   try it without any model\n"
+               "  %(prog)s                                          LM Studio on this machine\n"
+               "  %(prog)s http://localhost:8080                    llama.cpp\n"
+               "  OPENROUTER_API_KEY=... %(prog)s openrouter\n"
+               "  %(prog)s ollama                                   OpenAI clients in front of an Ollama\n")
+    parser.add_argument("bare_target", nargs="?", metavar="TARGET", help="the server, as for --target")
+    group: Any = parser
     for row in SETTINGS:
-        shown = f"env {' or '.join(row.variables)}"
+        group = parser.add_argument_group(GROUPS[row.field]) if row.field in GROUPS else group
+        shown = " or ".join(row.variables)
         if row.default not in ("", None, (), False):
             shown += f", default {row.default}"
         options: dict = {"dest": row.field, "default": None, "help": f"{row.help} ({shown})".replace("%", "%%")}
@@ -3778,8 +3829,9 @@ def argument_parser() -> argparse.ArgumentParser:
                 options.update(nargs="?", const=row.optional)
             if row.repeat:
                 options["action"] = "append"
-        parser.add_argument(*row.flags.split(), **options)
-    parser.add_argument("--version", action="version", version=f"ollama_proxy {__version__}")
+        group.add_argument(*row.flags.split(), **options)
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    group.add_argument("--version", action="version", version=f"ollama_proxy {__version__}")
     return parser
 
 
@@ -3796,16 +3848,18 @@ def read_lines(path: Optional[str], present: str, label: str) -> list[str]:
     return []
 
 
-def read_env_file(path: Optional[str]) -> dict:
-    """KEY=VALUE lines of an env file; `.env` in the working directory when no path is given."""
-    found = {}
-    for line in read_lines(path, ".env", "--env-file"):
+def read_env_file(path: Optional[str]) -> tuple[dict, list]:
+    """(KEY=VALUE lines of an env file, what is wrong with it); `.env` in the working directory without a path."""
+    found, junk = {}, []
+    for number, line in enumerate(read_lines(path, ".env", "--env-file"), 1):
         match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*", line)
         if match:
             value = match[2]
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             found[match[1]] = value[1:-1] if quoted else re.sub(r"\s+#.*", "", value)
-    return found
+        elif line.strip() and not line.lstrip().startswith("#"):
+            junk.append(f"{path or '.env'}: line {number} is no KEY=VALUE")
+    return found, junk
 
 
 def read_filter_file(path: str) -> tuple:
@@ -3821,6 +3875,7 @@ def short_name(model_id: str) -> str:
 
 # What --set knows besides options.
 _NO_OPTIONS = ("think", "keep_alive", "format", "reasoning", "open_think", "capabilities")
+KNOWN_OPTIONS = tuple(OLLAMA_OPTION_KEYS.values()) + OLLAMA_ONLY + _NO_OPTIONS
 
 
 def settings_for(config: Config, *names: str) -> tuple[dict, dict]:
@@ -3934,6 +3989,7 @@ class Scope:
         """Upstream.open, for as long as the request lasts."""
         self.release()
         self._reply = self.context.upstream.open(self, target, method, path, headers, body, timeout)
+        self.context.log.debug(f"{method} {path}: the target answers {self._reply.status}")
         return self._reply
 
     def hold(self, sock: Any) -> None:
@@ -4158,7 +4214,8 @@ def parse_answer_head(head: bytes) -> tuple[int, int, dict]:
     first, *lines = head.replace(b"\r\n", b"\n").split(b"\n")
     match = _STATUS_LINE.fullmatch(first)
     if not match:
-        raise BadUpstreamPayload(f"upstream does not speak HTTP/1.x: {one_line(first, 80)}")
+        why = "TLS is spoken there, write https:// instead of http://" if first[:1] == b"\x15" else one_line(first, 80)
+        raise BadUpstreamPayload(f"upstream does not speak HTTP/1.x: {why}")
     headers: dict = {}
     for line in filter(None, lines):
         pair = _FIELD_LINE.fullmatch(line)
@@ -4363,16 +4420,16 @@ class Upstream:
 
 
 def client_tls(config: Config) -> Any:
-    """How https targets are spoken to.  Raises UpstreamUnreachable."""
+    """How https targets are spoken to.  Raises UsageError."""
     import ssl                          # costs memory that plain targets need not pay
-    try:
-        context = ssl.create_default_context()
-        if config.ca_file:
-            context.load_verify_locations(config.ca_file)
-        if config.client_cert:
-            context.load_cert_chain(config.client_cert)
-    except (OSError, ValueError) as error:
-        raise UpstreamUnreachable(f"TLS settings cannot be used: {reason_of(error)}") from None
+    context = ssl.create_default_context()
+    for flag, path, read in (("--ca-file", config.ca_file, context.load_verify_locations),
+                             ("--client-cert", config.client_cert, context.load_cert_chain)):
+        try:
+            if path:
+                read(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{flag} {path}: {reason_of(error)}") from None
     if config.insecure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -4397,8 +4454,10 @@ def proxy_for(scheme: str, host: str, port: int) -> Optional[Proxy]:
     try:
         parts = urllib.parse.urlsplit(address if "://" in address else "http://" + address)
         number = parts.port or 8080
+        if parts.scheme.startswith("socks"):
+            raise ValueError(f"{parts.scheme} proxies are not supported, only http ones")
     except ValueError as error:
-        raise UpstreamUnreachable(f"{scheme.upper()}_PROXY is no address: {error}") from None
+        raise UpstreamUnreachable(f"{scheme.upper()}_PROXY cannot be used: {error}") from None
     login = ""
     if parts.username is not None:
         pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
@@ -4414,6 +4473,8 @@ def reason_of(error: Exception) -> str:
     """An OSError in the words of a human: "connection refused", not "[Errno 111] ..."."""
     if type(error).__name__ == "SSLCertVerificationError":
         return f"certificate not trusted ({getattr(error, 'verify_message', '') or error}); see --ca-file"
+    if "WRONG_VERSION_NUMBER" in str(error):
+        return "no TLS is spoken there: write http:// instead of https://"
     if isinstance(error, socket.timeout):
         return "timed out"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
@@ -4603,6 +4664,9 @@ class Catalogue:
         self._details: dict = {}                # id -> ModelInfo that probes told
         self._thinkers: set = set()             # ids whose answers were seen to think
         self._busy = False                      # a refresh is under way
+        self._guessed = False                   # the target has no list: these are configured names
+        self._said = ""                         # what was wrong last time
+        self.hidden = 0                         # models that the filter keeps from clients
 
     # -- asking
 
@@ -4629,11 +4693,11 @@ class Catalogue:
         if found is None:               # an alias may be a glob, and may mean what stands in no list
             meant = next((model for pattern, model in self._config.alias if fnmatch.fnmatchcase(name, pattern)), name)
             found = self._find(meant)
-            trusted = not self._models or unlisted or meant != name or self._passes_unlisted(name)
+            trusted = not self._models or self._guessed or unlisted or meant != name or self._passes_unlisted(name)
             if found is None and trusted and not self._patterns:
                 found = ModelInfo(meant, shown=name)
         if found is None:
-            raise model_not_found(name)
+            raise model_not_found(name, did_you_mean(name, self._names))
         return found
 
     def _passes_unlisted(self, name: str) -> bool:
@@ -4672,7 +4736,7 @@ class Catalogue:
         """Builds everything that look-ups need, with the lock held.  The first that takes a name keeps it."""
         models = self._models or []
         shorts = collections.Counter(short_name(info.id) for info in models)
-        listed, aliased, short_forms, names = [], [], [], {}
+        listed, aliased, short_forms, names, hidden = [], [], [], {}, 0
         for info in models:
             info = merge_info(info, self._details.get(info.id, ModelInfo(info.id)))
             short = short_name(info.id)
@@ -4681,6 +4745,7 @@ class Catalogue:
             info = info._replace(shown=shown, capabilities=self._capabilities(info))
             own = [alias for alias, model_id in self._config.alias if model_id == info.id and "*" not in alias]
             if not self._allowed(info, own):
+                hidden += 1
                 continue
             names[info.id] = info
             if shorts[short] == 1:
@@ -4693,7 +4758,8 @@ class Catalogue:
             names.setdefault(name, info)
         for name in list(names):
             names.setdefault(name.lower(), names[name])
-        self._names, self._listed = names, Listing(sorted(listed, key=lambda info: -(info.created or 0)))
+        self._names, self.hidden = names, hidden
+        self._listed = Listing(sorted(listed, key=lambda info: -(info.created or 0)))
 
     def _find(self, name: str) -> Optional[ModelInfo]:
         forms = [name] + [name[:-len(tag) - 1] for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}
@@ -4756,16 +4822,20 @@ class Catalogue:
         error: Optional[UpstreamError] = None
         try:
             native = self._api() == "ollama"
-            status, _, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
+            status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
             models = read_models(payload) if status < 400 else None
             if models is None:
-                sentence = error_sentence(payload) or f"HTTP {status}"
+                page = "html" in headers.get("content-type", "")
+                sentence = error_sentence(payload) or f"HTTP {status}" + page * " (a web page, no API: is the address right?)"
+                self._guess()
                 raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
             self._take(models)
             self._probe(models, native)
         except ProxyError as told:
             error = told if isinstance(told, UpstreamError) else UpstreamError(told.message)
-            self._say(f"model list: {told.message}")
+            if told.message != self._said:      # once, until something else is wrong
+                self._say(f"model list: {told.message}; it is asked again with the next request")
+            self._said = told.message
         except Exception as bug:        # noqa: BLE001  a bug here must not stop every later refresh
             error = UpstreamError("the model list could not be read")
             complain(bug)
@@ -4776,13 +4846,34 @@ class Catalogue:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _take(self, models: list) -> None:
+    def _guess(self) -> None:
+        """The target tells no list: aliases and the literal names of the filter are one."""
+        names = [model for _, model in self._config.alias]
+        names += [name for name in self._patterns if not re.search(r"[!*?[]", name)]
+        if names:
+            self._take([ModelInfo(name, raw={"id": name}) for name in dict.fromkeys(names)], guessed=True)
+
+    def _take(self, models: list, guessed: bool = False) -> None:
+        first, self._said, self._guessed = self._models is None, "", guessed
         with self._changed:
             if [info.id for info in models] != [info.id for info in self._models or ()]:
                 self._absent.clear()
             self._models, self._fetched = models, time.monotonic()
             self._index()
             self._changed.notify_all()
+        if first:
+            self._complain()
+
+    def _complain(self) -> None:
+        """Names what is configured for models that the target does not list."""
+        ids = [info.id for info in self._models or ()]
+        for flag, pattern in [("--set", pattern) for pattern, _ in self._config.set] \
+                + [("--alias", model) for _, model in self._config.alias] \
+                + [("models filter", pattern.lstrip("! ")) for pattern in self._patterns]:
+            bare = re.sub(":(latest|proxy)$", "", pattern.lower())
+            if not any(fnmatch.fnmatchcase(form, one) for name in ids for one in (pattern.lower(), bare)
+                       for form in (name.lower(), short_name(name).lower(), self.shown_name(name).lower())):
+                self._say(f"{flag} {pattern}: the target lists no such model{did_you_mean(pattern, ids)}")
 
     def _probe(self, models: list, native: bool) -> None:
         """Gathers metadata when somebody wants it; every answer that is no metadata means "not there"."""
@@ -5253,7 +5344,10 @@ class Log:
     def debug(self, text: str) -> None:
         """One [PROXY] line, when --debug is given."""
         if self.debugging:
-            self._write(sys.stdout, "[PROXY] " + one_line(self.redact(text), 20000))
+            now = time.time()
+            stamp = f"{time.strftime('%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d}"
+            line = one_line(self.redact(text), 20000)
+            self._write(sys.stdout, f"{stamp} {threading.current_thread().name} [PROXY] {line}")
 
     def data(self, label: str, data: bytes, started: Optional[int] = None) -> None:
         """debug() of bytes that came or went, and of the time since `started`, monotonic nanoseconds."""
@@ -5318,6 +5412,7 @@ class Context:
         self._asked = -1e9              # when the target did not answer
         self._lock = threading.Lock()
         self._client_key = ""           # with --forward-auth: the last one seen, for lists
+        self.mark = call_id()           # tells requests that went through this proxy
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
 
     def api(self) -> str:
@@ -5355,7 +5450,8 @@ class Context:
         own = ("api-key", target.key) if target.key_header == "api-key" else ("Authorization", f"Bearer {target.key}")
         key = [("Authorization", client)] if client else [own] if target.key else []
         extra = [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
-        return STRANGERS_HEADERS + key + extra
+        marks = [request.headers[MARK]] if request is not None and MARK in request.headers else []
+        return STRANGERS_HEADERS + key + extra + [(MARK, ", ".join(marks + [self.mark]))]
 
     def client_key(self, request: Optional[Request]) -> str:
         """The client's own Authorization, when it is to be passed on; the key of our own door never is.  Lists are
@@ -5383,6 +5479,7 @@ class Context:
             return reply.status, reply.headers, load_or_none(reply.read(64 * 1024 * 1024))
 
 
+MARK = "x-ollama-proxy"                 # the proxies that a request came through
 # What goes to a server that our key is not meant for.
 STRANGERS_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
 _PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api-key lm-studio not-needed no-key
@@ -5452,7 +5549,9 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
     """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
     if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.client_key(request):
-        return UpstreamError(f"{context.target.url} refused the key of this proxy: {error.message}", 502)
+        source = context.config.sources["api_key"]
+        where = {"flag": "--api-key", "default": "none is set: --api-key"}.get(source, source)
+        return UpstreamError(f"{context.target.url} refused the key of this proxy ({where}): {error.message}", 502)
     return error
 
 
@@ -5594,8 +5693,9 @@ def resolve_as(context: Context, name: str, wording: str) -> ModelInfo:
     """Catalogue.resolve with the sentence Ollama uses at this endpoint (ollama-api 1.4)."""
     try:
         return context.catalogue.resolve(name)
-    except BadRequest:
-        raise BadRequest(wording.format(name=name), 404, code="model_not_found") from None
+    except BadRequest as error:
+        hint = error.message.partition(" not found")[2]
+        raise BadRequest(wording.format(name=name) + hint, 404, code="model_not_found") from None
 
 
 def embed(request: Request, scope: Scope) -> Response:
@@ -6324,6 +6424,9 @@ def server_tls(config: Config) -> Any:
     return context
 
 
+_REQUEST_NUMBERS = itertools.count(1)   # in --debug lines
+
+
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection.  handle_one_request is one request, read aloud."""
 
@@ -6355,6 +6458,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.wire.buffer = self.wire.buffer or self.wire.receive()
         if not self.wire.buffer:
             return
+        threading.current_thread().name = f"#{next(_REQUEST_NUMBERS)}"
         with self.server.counted(self.connection):
             try:
                 with Scope(self.context, self.connection) as scope:
@@ -6379,6 +6483,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if request.method == "OPTIONS":
                 return Response(204, headers=preflight_headers(request))
             self._authorize(request)
+            if context.mark in request.headers.get(MARK, ""):
+                context.log.say("a request came back to this proxy: its target leads to itself")
+                raise BadRequest("this request came back to the proxy that sent it: its target leads to itself", 508)
             context.client_key(request)     # with --forward-auth lists are asked with it, too
             if request.headers.get("upgrade", "").lower() == "websocket":
                 raise BadRequest("WebSockets are not spoken here: use HTTP", 426, [("Upgrade", "HTTP/1.1")])
@@ -6667,9 +6774,9 @@ def banner(server: ProxyServer) -> None:
     """Who listens where, what the target is and serves, and the line to paste into a client."""
     context = server.context
     config, url = context.config, client_url(server)
+    everywhere = f"{server.server_name or '0.0.0.0'}:{server.server_port}"
     if not server.loopback and not config.client_key:
-        where = f"{server.server_name or '0.0.0.0'}:{server.server_port}"
-        context.log.say(f"warning: everybody who reaches {where} can use the target and its key; "
+        context.log.say(f"warning: everybody who reaches {everywhere} can use the target and its key; "
                         "set --client-key or listen on 127.0.0.1")
     if config.insecure:
         context.log.say("warning: --insecure: the target's certificate is not checked")
@@ -6682,22 +6789,55 @@ def banner(server: ProxyServer) -> None:
         found += ", ..." if len(names) > 4 else ""
     except UpstreamError as error:
         speaks, found = "not answering yet", error.message
-    lines = [f"ollama_proxy {__version__}", f"  listening on  {url}",
+    if context.catalogue.hidden:
+        found += f" ({context.catalogue.hidden} hidden by the filter)"
+    where = url if server.loopback else f"{url.partition('://')[0]}://{everywhere}"
+    lines = [f"ollama_proxy {__version__}", f"  listening on  {where}",
              f"  target        {'demo target inside this process' if config.demo else context.target.url} "
              f"({speaks}), {found}",
              f"  for clients   OLLAMA_HOST={url}   or, for OpenAI clients, base URL {url}/v1"]
+    if config.files:
+        lines.append(f"  read          {', '.join(config.files)}")
     if config.demo:
-        lines.append(f"  try it        curl {url}/api/chat -d "
+        key = f"-H 'Authorization: Bearer {config.client_key}' " if config.client_key else ""
+        lines.append(f"  try it        curl {url}/api/chat {key}-d "
                      "'{\"model\": \"demo-chat\", \"messages\": [{\"role\": \"user\", \"content\": \"hello\"}]}'")
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
 
 
+def paint(text: str, good: bool, stream: Any) -> str:
+    """`text` in green or red on a terminal, unless NO_COLOR is set (no-color.org)."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else f"\x1b[{32 if good else 31}m{text}\x1b[0m"
+
+
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+_CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+_TOOL = {"type": "function", "function": {"name": "get_time", "description": "The time in a city", "parameters": _CITY}}
+_OBJECT = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+# What --check asks: name, path, what is asked beside the model.
+CHECKS = (
+    ("chat", "/api/chat", {"content": "Say OK.", "stream": False}),
+    ("stream", "/api/chat", {"content": "Say OK.", "stream": True}),
+    ("tools", "/api/chat", {"content": "What time is it in Rome? Call the tool.", "stream": False, "tools": [_TOOL]}),
+    ("schema", "/api/chat", {"content": "Give me a number n as JSON.", "stream": False, "format": _OBJECT}),
+    ("thinking", "/api/chat", {"content": "What is 2 + 2?", "stream": False, "think": True}),
+    ("vision", "/api/chat", {"content": "What colour is this?", "stream": False, "images": [_PIXEL]}),
+    ("suffix", "/api/generate", {"prompt": "def add(a, b):\n    return ", "suffix": "\n", "stream": False}),
+    ("embeddings", "/api/embed", {"input": "hello"}),
+)
+# What kinds of clients need of that.
+CLIENTS = {"VS Code Copilot": "stream tools", "JetBrains AI Assistant": "stream", "Open WebUI": "chat stream",
+           "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools",
+           "Codex": "stream tools"}
+
+
 def check(config: Config) -> int:
     """--check: asks the target through a real proxy on a free port, one line a finding; 0 when chats will work."""
     target = config.destination
-    print(f"target     {target.url}" + (" with a key" if target.key else " without a key"))
+    print(f"target      {target.url}" + (" with a key" if target.key else " without a key"))
     server = ProxyServer(Context(config._replace(no_log=True, debug=False, client_key="")), ("127.0.0.1", 0))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
 
@@ -6710,32 +6850,54 @@ def check(config: Config) -> int:
             raise UpstreamError(error_text(data, answer.status))
         return data
 
-    failed = 0
     try:
         models = load(ask("GET", "/api/tags"))["models"]
         names = [entry["name"] for entry in models]
-        print(f"speaks     {'Ollama' if server.context.api() == 'ollama' else 'OpenAI'} API")
-        print(f"models     {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
-        first = next((entry for entry in models if "completion" in entry.get("capabilities", ["completion"])), None)
-        if first is None:
+        print(f"speaks      {'Ollama' if server.context.api() == 'ollama' else 'OpenAI'} API")
+        print(f"models      {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+        chats = [entry for entry in models if "completion" in entry.get("capabilities", ["completion"])]
+        if not chats:
             raise UpstreamError("no model for chats")
-        context = as_dict(first.get("details")).get("context_length") or "not told"
-        print(f"first      {first['name']}: context {context}, {', '.join(first.get('capabilities', ()))}")
     except ProxyError as error:
-        print(f"FAILED     {error.message}")
+        print(paint(f"FAILED      {error.message}", False, sys.stdout))
         return 1
-    messages = [{"role": "user", "content": "Say OK."}]
-    call = {"model": first["name"], "messages": messages, "options": {"num_predict": 16}}
-    for label, stream in (("chat", False), ("stream", True)):
+    context = as_dict(chats[0].get("details")).get("context_length") or "not told"
+    print(f"first       {chats[0]['name']}: context {context}, {', '.join(chats[0].get('capabilities', ()))}")
+    embedders = [entry["name"] for entry in models if "embedding" in entry.get("capabilities", ())]
+    failed: dict = {}
+    for name, path, wanted in CHECKS:
+        body = {"model": (embedders or names)[0] if name == "embeddings" else chats[0]["name"], **wanted}
+        if "content" in body:
+            images = present(images=body.pop("images", None))
+            body["messages"] = [{"role": "user", "content": body.pop("content"), **images}]
+            body["options"] = {"num_predict": 64}
         try:
-            events = OllamaDecoder(ChatCall("")).feed(ask("POST", "/api/chat", {**call, "stream": stream}) + b"\n")
-            gather(events)
-            pieces = sum(isinstance(event, (TextDelta, ThinkingDelta)) for event in events)
-            print(f"{label:<10} works ({pieces} pieces of text)")
+            found = finding(name, ask("POST", path, body))
+            print(paint(f"{name:<11} works ({found})", True, sys.stdout))
         except ProxyError as error:
-            failed = 1
-            print(f"{label:<10} FAILED: {error.message}")
-    return failed
+            failed[name] = one_line(error.message, 200)
+            print(paint(f"{name:<11} {'FAILED' if name in ('chat', 'stream') else 'no'}: {failed[name]}", False, sys.stdout))
+    for client, needs in CLIENTS.items():
+        missing = [f"{need}: {failed[need]}" for need in needs.split() if need in failed]
+        verdict = f"not ready: {'; '.join(missing)}" if missing else "ready"
+        print(paint(f"{client:<22} {verdict}", not missing, sys.stdout))
+    return int("chat" in failed or "stream" in failed)
+
+
+def finding(name: str, data: bytes) -> str:
+    """What an answer shows, in a few words.  Raises UpstreamError when it is not what was asked for."""
+    if name == "embeddings":
+        return f"{len(load(data)['embeddings'][0])} numbers"
+    text, thinking, calls, _, finish = gather(OllamaDecoder(ChatCall("")).feed(data + b"\n"))
+    if name == "tools" and not calls:
+        raise UpstreamError("the model answered in text instead of calling")
+    if name == "schema" and not isinstance(load_or_none(text.encode()), dict):
+        raise UpstreamError("the answer is no JSON object")
+    if name == "thinking" and not thinking:
+        raise UpstreamError("no thinking came")
+    pieces = data.count(b"\n") - 1 if name == "stream" else 1
+    called = f", calls {calls[0].name}" if calls else ""
+    return f"{pieces} piece{'s' * (pieces != 1)}, {finish.usage.completion_tokens} tokens{called}"
 
 
 def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> int:
@@ -6752,12 +6914,16 @@ def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> i
     while not asked.wait(0.5):              # without a time-out Windows does not notice Ctrl-C
         pass
     pass_on(workers)
+    if server.calls:
+        server.context.log.say(f"finishing {server.calls} request{'s' * (server.calls > 1)}; again to cut them")
     drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
     drain.start()
     while drain.is_alive() and not insisted.wait(0.1):
         pass
     if insisted.is_set():
         pass_on(workers)
+    if server.calls:
+        server.context.log.say(f"{server.calls} request{'s were' if server.calls > 1 else ' was'} cut")
     server.context.log.close()
     return 0
 
@@ -6797,17 +6963,22 @@ def main(argv: Optional[list] = None) -> int:
         if config.demo:
             demo = DemoServer(pace=0.03)
             config = config._replace(destination=parse_target(demo.url), target_api="openai")
+        if config.ca_file or config.client_cert:
+            client_tls(config)
         if config.check:
             return check(config)
         server = ProxyServer(Context(config), config.address)
+        for note in config.notes:
+            server.context.log.say(f"warning: {note}")
     except UsageError as error:
-        print(f"ollama_proxy: {error}", file=sys.stderr)
+        print(paint(f"ollama_proxy: {error}", False, sys.stderr), file=sys.stderr)
         return 2
     except OSError as error:
         host, port = config.address
         hint = " (is an Ollama or another proxy running there?): choose another with --listen" \
             if error.errno in (48, 98, 10013, 10048) else ""
-        print(f"ollama_proxy: cannot listen on {host or '*'}:{port}: {reason_of(error)}{hint}", file=sys.stderr)
+        text = f"ollama_proxy: cannot listen on {host or '*'}:{port}: {reason_of(error)}{hint}"
+        print(paint(text, False, sys.stderr), file=sys.stderr)
         return 1
     if config.workers > 1:
         if not hasattr(os, "fork"):
