@@ -88,7 +88,7 @@ import urllib.parse
 import zlib
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
-__version__ = "1.2.0"
+__version__ = "2.0.0"
 
 # ----------------------------------------------------------------------------
 # Room 1.  Constants: limits with their reasons, media types, ports
@@ -4825,8 +4825,8 @@ class Catalogue:
             status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
             models = read_models(payload) if status < 400 else None
             if models is None:
-                page = "html" in headers.get("content-type", "")
-                sentence = error_sentence(payload) or f"HTTP {status}" + page * " (a web page, no API: is the address right?)"
+                page = " (a web page, no API: is the address right?)" * ("html" in headers.get("content-type", ""))
+                sentence = error_sentence(payload) or f"HTTP {status}{page}"
                 self._guess()
                 raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
             self._take(models)
@@ -6876,7 +6876,8 @@ def check(config: Config) -> int:
             print(paint(f"{name:<11} works ({found})", True, sys.stdout))
         except ProxyError as error:
             failed[name] = one_line(error.message, 200)
-            print(paint(f"{name:<11} {'FAILED' if name in ('chat', 'stream') else 'no'}: {failed[name]}", False, sys.stdout))
+            verdict = "FAILED" if name in ("chat", "stream") else "no"
+            print(paint(f"{name:<11} {verdict}: {failed[name]}", False, sys.stdout))
     for client, needs in CLIENTS.items():
         missing = [f"{need}: {failed[need]}" for need in needs.split() if need in failed]
         verdict = f"not ready: {'; '.join(missing)}" if missing else "ready"
