@@ -136,6 +136,7 @@ MAX_CONNECTIONS = 1024
 CLIENT_TIMEOUT = 60.0            # seconds: a request head, a silent keep-alive, a reader that stopped
 BODY_BYTES_PER_SECOND = 16 * 1024  # a body may take this much longer than CLIENT_TIMEOUT
 GRACE = 8.0                      # container managers kill 10 s after SIGTERM
+DRAIN = 0.5                      # seconds for the end of an answer that nobody needs more of, to keep its connection
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
 RELAY_WHOLE = 1024 * 1024        # a relayed answer up to this size is read whole: if it breaks, that still is a 502
 READ_SIZE = 64 * 1024
@@ -1478,7 +1479,7 @@ class OllamaDecoder:
         self.done = False
 
     @property
-    def plain(self) -> bool:
+    def at_rest(self) -> bool:
         """Nothing is pending: a content line is just its text (the shortcut of room 9 asks)."""
         return not self.done and not self._logprobs and self._lines.idle
 
@@ -2162,7 +2163,7 @@ class OpenAIDecoder:
         self.done = self.whole = False
 
     @property
-    def plain(self) -> bool:
+    def at_rest(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 9 asks)."""
         return self._alternatives is None and not (self.done or self._reason or self._half) and self._frames.idle
 
@@ -2987,7 +2988,7 @@ MARKS = (
 _CLOSERS = tuple(closer for _, closer, _ in MARKS[:4])
 
 
-def half_of(marks: Iterable, text: str) -> int:
+def partial_at(marks: Iterable, text: str) -> int:
     """Where the end of `text` may be the beginning of one of `marks`; its length when it is not."""
     return min((at for mark in marks for at in range(max(0, len(text) - len(mark) + 1), len(text))
                 if mark[0] == text[at] and mark.startswith(text[at:])), default=len(text))
@@ -3005,13 +3006,14 @@ class Step:
     def __call__(self, events: list) -> list:
         kept: list = []
         for event in events:
-            if type(event) is TextDelta:
+            spoken = type(event) is TextDelta
+            if spoken:
                 self._held += event.text
-                told = self.feed()
-                kept += [TextDelta(told, event.logprobs)] if isinstance(told, str) and told else told or []
-            else:
-                kept += [TextDelta(text) for text in [self.flush(event)] if text] + [event]
-            if type(kept[-1:] and kept[-1]) is Finish:
+            certain = self.feed() if spoken else self.flush(event)
+            if isinstance(certain, str):
+                certain = [TextDelta(certain, event.logprobs if spoken else None)] if certain else []
+            kept += certain if spoken else certain + [event]
+            if kept and type(kept[-1]) is Finish:
                 break
         return kept
 
@@ -3074,20 +3076,14 @@ class ThinkTags(Step):
             return events + [TextDelta(super().feed())] if events else super().feed()
         return events
 
-    def flush(self, event: Any) -> str:
-        """A server that splits reasoning off by itself leaves no tags in the text."""
+    def flush(self, event: Any) -> Any:
+        """Any event but text ends the search: who splits reasoning off by itself leaves no tags in the text."""
         if self._opened and self._state == "inside" and isinstance(event, Finish) and event.reason != "length":
-            self.begins_inside = False          # the tag never came: it was the answer all along
-        state, self._state, self.idle = self._state, "plain", True
-        return "" if state in ("inside", "after") else self.take(len(self._held))
-
-    def __call__(self, events: list) -> list:
-        kept: list = []
-        for event in events:
-            if self._state == "inside" and self._held.strip() and type(event) is not TextDelta:
-                kept.append(ThinkingDelta(self.take(len(self._held)).rstrip()))
-            kept += super().__call__([event])
-        return kept
+            self.begins_inside = False          # no tag came: too late for this answer, learned for the next
+        state, self._state, self.idle, held = self._state, "plain", True, self.take(len(self._held))
+        if state == "inside":
+            return [ThinkingDelta(held.rstrip())] if held.strip() else []
+        return held if state != "after" else ""
 
     def _start(self) -> None:
         begun = self._held.lstrip()
@@ -3105,16 +3101,14 @@ class ThinkTags(Step):
     def _inside(self) -> list:
         if not self._spoke:
             self._held = self._held.lstrip()
-        at, closer = min((self._held.find(closer), closer) for closer in self._closers if closer in self._held) \
-            if any(closer in self._held for closer in self._closers) else (-1, "")
+        at, closer = min(((self._held.find(closer), closer) for closer in self._closers if closer in self._held),
+                         default=(partial_at(self._closers, self._held.rstrip()), ""))
         # Trailing space, and half a closing tag, may be dropped yet.
-        thinking = self.take(at if closer else half_of(self._closers, self._held.rstrip()))
+        thinking = self.take(len(self._held[:at].rstrip()))
         if closer:
-            self._held, self._state = self._held[len(closer):], "after"
-        else:
-            self._held, thinking = thinking[len(thinking.rstrip()):] + self._held, thinking.rstrip()
-        self._spoke = self._spoke or bool(thinking.rstrip())
-        return [ThinkingDelta(thinking.rstrip())] if thinking.rstrip() else []
+            self._held, self._state = self._held.lstrip()[len(closer):], "after"
+        self._spoke = self._spoke or bool(thinking)
+        return [ThinkingDelta(thinking)] if thinking else []
 
 
 class Fence(Step):
@@ -3150,7 +3144,7 @@ class StopStrings(Step):
     def feed(self) -> Any:
         found = [at for at in map(self._held.find, self._stops) if at >= 0]
         if not found:
-            return self.take(half_of(self._stops, self._held))
+            return self.take(partial_at(self._stops, self._held))
         return [TextDelta(self.take(min(found))), Finish("stop", Usage())]
 
 
@@ -3163,12 +3157,12 @@ class Reasoning(Step):
     def __call__(self, events: list) -> list:
         kept: list = []
         for event in events:
-            if isinstance(event, ThinkingDelta):
-                kept += [TextDelta(event.text if self._open else f"<think>\n{event.text}")] if self._merge else []
-                self._open = self._merge
-                continue
-            kept += [TextDelta("\n</think>\n\n"), event] if self._open else [event]
-            self._open = False
+            if not isinstance(event, ThinkingDelta):
+                kept += [TextDelta("\n</think>\n\n"), event] if self._open else [event]
+                self._open = False
+            elif self._merge:
+                kept.append(TextDelta(event.text if self._open else f"<think>\n{event.text}"))
+                self._open = True
         return kept
 
 
@@ -3179,8 +3173,8 @@ class Told(Exception):
 class Translation:
     """The target's body in, lines for the client out; sans-I/O, like its two halves.
 
-    `observe(events)` sees all events of the answer, `redact(text)` hides keys in errors, `tap(label, bytes)` shows
-    every chunk to --debug.
+    `observe(events)` sees every event, after the steps, but for text that takes the shortcut; `redact(text)` hides
+    keys in errors, `tap(label, bytes)` shows every chunk to --debug.  steps_for (room 14) picks the steps.
     """
 
     def __init__(self, decoder: Any, encoder: Any, steps: Iterable = (), observe: Callable = lambda events: None,
@@ -3192,7 +3186,7 @@ class Translation:
         self._ended = False
 
     def lines(self, pieces: Iterable) -> Iterator[list]:
-        """One list of lines for each piece that says something: nothing is held back, nothing waits for more.
+        """One list of lines for each piece that says something: a line that is ready never waits for the next piece.
 
         Raises what broke before the first line, which can still be an HTTP status; later the client gets its
         dialect's in-band error, and Told is raised.
@@ -3208,7 +3202,7 @@ class Translation:
                     break
             if self._failure is not None:
                 raise self._failure
-        except ProxyError as error:
+        except ProxyError as error:     # ClientGone, too: the client's socket is shut by then, and the send fails
             if not started:
                 raise
             error.message = self._redact(error.message)
@@ -3223,9 +3217,9 @@ class Translation:
         return self.encoder.fold(self._filtered(events))
 
     @property
-    def plain(self) -> bool:
-        """Nothing is pending: a content frame is just its text."""
-        return self.decoder.plain and not self._steps
+    def at_rest(self) -> bool:
+        """Nothing is pending: a content frame is just its text.  While a step is at work, nothing is certain."""
+        return self.decoder.at_rest and not self._steps
 
     def read(self, data: Optional[bytes]) -> tuple[list, list]:
         """(client lines, the decoder's events) of a piece; None is the end of the body."""
@@ -3256,9 +3250,9 @@ class Translation:
         return events
 
 
-def begun(lines: Iterator) -> Iterable:
+def primed(lines: Iterator) -> Iterable:
     """`lines`, once the first of them are there: an early failure still is an HTTP status."""
-    return itertools.chain([next(lines)], lines)
+    return itertools.chain([next(lines, [])], lines)
 
 
 SHORT_FRAME = 4096                      # bytes up to which a frame may be an envelope
@@ -3286,7 +3280,7 @@ class Shortcut:
         lines: list = []
         at, end = 0, self._decoder.frame_end
         while at < len(data):
-            if self.head and self._translation.plain and data.startswith(self.head, at):
+            if self.head and self._translation.at_rest and data.startswith(self.head, at):
                 begun, (texts, at) = at, self._cut(data, at)
                 if texts:
                     self._lessons = self._LESSONS
@@ -3294,17 +3288,18 @@ class Shortcut:
                     lines += [before + text + after for text in texts]
                 if at > begun:
                     continue
-            stop = data.find(end, at) + len(end) if self._lessons else 0
-            piece, at = (data[at:stop], stop) if stop >= len(end) else (data[at:], len(data))
-            whole = self._translation.plain and piece.endswith(end)
+            stop = data.find(end, at) if self._lessons else -1
+            piece, at = (data[at:stop + len(end)], stop + len(end)) if stop >= 0 else (data[at:], len(data))
+            whole = self._translation.at_rest and piece.endswith(end)
             made, events = self._translation.read(piece)
             lines += made
-            if whole and self._lessons and [type(event) for event in events] == [TextDelta] and self._translation.plain:
+            if whole and self._lessons and list(map(type, events)) == [TextDelta] and self._translation.at_rest:
                 self._learn(piece, events[0].text)
         return lines
 
     def _learn(self, frame: bytes, said: str) -> None:
-        """What surrounds the text of a frame that said nothing else?"""
+        """What surrounds the text of a frame that said nothing else?  The probe leaves no trace: a decoder at rest
+        keeps nothing of a content frame."""
         self._lessons -= 1
         for text in (encode_text(said).encode("ascii"), b'"%b"' % said.encode("utf-8", "replace")):
             head, found, tail = frame.rpartition(text)
@@ -3932,9 +3927,9 @@ def is_ready(sock: Any, mask: int = 1) -> bool:
 def has_left(sock: Any) -> bool:
     """Whether a client has ended its connection.  Never waits: recv() on a socket with a time-out would, even with
     MSG_DONTWAIT, so it is asked only when there is something to read."""
-    if RDHUP:
-        return is_ready(sock, RDHUP)
     try:
+        if RDHUP:
+            return is_ready(sock, RDHUP)
         return is_ready(sock) and socket.socket.recv(sock, 1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):
         return True
@@ -3947,7 +3942,9 @@ class Watcher:
     TICK = 0.2
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()        # while it is held no watched socket is closed, no number used again
+        # Guards _scopes and each Scope._sock.  A client's socket is closed only after remove(), a target's only after
+        # its scope let go of it: no descriptor that was used again is ever polled or shut.
+        self.lock = threading.Lock()
         self._scopes: set = set()
         self._some = threading.Event()
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
@@ -3978,7 +3975,7 @@ class Scope:
 
     def __init__(self, context: Any, client: Any = None) -> None:
         self.context, self.client = context, client
-        self._gone = threading.Event()
+        self._over = threading.Event()
         self._sock: Any = None
         self._reply: Optional[Reply] = None
         if client is not None:
@@ -3993,25 +3990,25 @@ class Scope:
         return self._reply
 
     def hold(self, sock: Any) -> None:
-        """From now on `sock` is shut when the client leaves; None lets go of it.  Raises ClientGone if it has left."""
+        """From now on `sock` is shut when the client leaves, until release().  Raises ClientGone if it has left."""
         with self.context.watcher.lock:
             self._sock = sock
         self.check()
 
     def check(self) -> None:
         """Raises ClientGone once the client has left."""
-        if self._gone.is_set():
+        if self._over.is_set():
             raise ClientGone("client closed the connection")
 
     def pause(self, seconds: float) -> None:
         """Sleeps, unless the client leaves.  Raises ClientGone."""
-        self._gone.wait(seconds)
+        self._over.wait(seconds)
         self.check()
 
     def abort(self) -> None:
         """The client has left; the watcher's thread calls this, with its lock held."""
-        self._gone.set()
-        shut(self.client)
+        self._over.set()
+        shut(self.client)               # wakes a blocked send, and makes every later one fail
         if self._sock is not None:
             shut(self._sock)
 
@@ -4021,7 +4018,7 @@ class Scope:
             self._sock = None
         reply, self._reply = self._reply, None
         if reply is not None:
-            reply.close(0.0 if self._gone.is_set() else 0.5)
+            reply.close(0.0 if self._over.is_set() else DRAIN)
 
     def __enter__(self) -> "Scope":
         return self
@@ -4029,14 +4026,14 @@ class Scope:
     def __exit__(self, kind: Any, *_: Any) -> None:
         """The request is over; after an exception nobody waits for the rest of an answer."""
         if kind is not None:
-            self._gone.set()
+            self._over.set()
         if self.client is not None:
             self.context.watcher.remove(self)
         self.release()
 
 
 class Clock:
-    """Time for everyone who is not allowed to look at one."""
+    """The clock, handed to encoders so that tests can stop it: `now` in monotonic ns, `wall` in seconds."""
 
     now = staticmethod(time.monotonic_ns)
     wall = staticmethod(time.time)
@@ -4065,10 +4062,10 @@ class Wire:
     def __init__(self, sock: Any, patience: float) -> None:
         self.sock, self.patience = sock, patience
         self.buffer = b""               # has come, was not asked for yet
-        self.whole = True               # the body was read to its end
+        self.in_step = True             # at the boundary of a message, not inside a head or body
         self._allowed = 0.0
 
-    def allow(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """The longest that one recv or send may wait from now on.  A time-out that the kernel holds costs nothing;
         Python's own, which TLS and Windows need, is a poll() before every call."""
         if seconds == self._allowed:
@@ -4084,7 +4081,7 @@ class Wire:
 
     def receive(self, deadline: float = 0.0) -> bytes:
         """One recv: waits for `patience` seconds, or until the monotonic clock says `deadline`; b"" is the end."""
-        self.allow(deadline - time.monotonic() if deadline else self.patience)
+        self.set_timeout(deadline - time.monotonic() if deadline else self.patience)
         try:
             return self.sock.recv(READ_SIZE)
         except (socket.timeout, BlockingIOError):
@@ -4103,14 +4100,14 @@ class Wire:
                 head, self.buffer = self.buffer[:end.start()], self.buffer[end.end():]
                 return head
             if self.buffer:
-                self.look_at(self.buffer)
+                self.check_beginning(self.buffer)
                 deadline = deadline or time.monotonic() + self.patience
             data = self.receive(deadline)
             if not data:
                 return None
             self.buffer += data
 
-    def look_at(self, beginning: bytes) -> None:
+    def check_beginning(self, beginning: bytes) -> None:
         """May refuse a head before all of it is there."""
 
     def body(self, length: Optional[int], chunked: bool) -> Iterator[bytes]:
@@ -4118,16 +4115,16 @@ class Wire:
 
         What came before a fault is handed out before the fault is raised.
         """
-        decoder, left = ChunkedDecoder() if chunked else None, None if chunked else length
+        decoder, left = (ChunkedDecoder(), None) if chunked else (None, length)
         began, received = time.monotonic(), 0
-        self.whole = left == 0
-        while not self.whole:
+        self.in_step = left == 0
+        while not self.in_step:
             deadline = self.rate and began + self.patience + received / self.rate
             data, self.buffer = self.buffer or self.receive(deadline), b""
             received += len(data)
             if not data:
-                self.whole = decoder is None and left is None
-                if not self.whole:
+                self.in_step = decoder is None and left is None
+                if not self.in_step:
                     raise self.ended()
             elif decoder is not None:
                 try:
@@ -4137,11 +4134,11 @@ class Wire:
                         yield decoder.salvaged
                     raise self.malformed(f"malformed chunked coding: {error}") from None
                 if decoder.done:
-                    self.whole, self.buffer = True, decoder.rest
+                    self.in_step, self.buffer = True, decoder.rest
             elif left is not None:
                 data, self.buffer = data[:left], data[left:]
                 left -= len(data)
-                self.whole = left == 0
+                self.in_step = left == 0
             if data:
                 yield data
 
@@ -4159,7 +4156,7 @@ class TargetWire(Wire):
         """A request of `scope` has this connection from now on.  Raises ClientGone."""
         self._scope, self.patience = scope, patience
         scope.hold(self.sock)
-        self.allow(patience)
+        self.set_timeout(patience)
 
     def late(self) -> ProxyError:
         return UpstreamTimeout(f"upstream was silent for {self.patience:g} s")
@@ -4178,9 +4175,9 @@ class TargetWire(Wire):
     def too_large(self) -> ProxyError:
         return BadUpstreamPayload(f"{self._url} sent headers of more than {MAX_HEAD_BYTES} bytes")
 
-    def answer_head(self, broken: Optional[OSError]) -> tuple:
-        """The parsed head of the final answer.  `broken` is what broke the sending of the request: a server may answer
-        and close before it has read all.  Raises _NoAnswer when not a byte of one came."""
+    def answer_head(self, send_error: Optional[OSError]) -> tuple:
+        """The parsed head of the final answer.  `send_error` is what broke the sending of the request: a server may
+        answer and close before it has read all.  Raises _NoAnswer when not a byte of one came."""
         try:
             while True:
                 head = self.head()
@@ -4190,10 +4187,10 @@ class TargetWire(Wire):
                 if parsed[1] >= 200:
                     return parsed       # 100 and 103 announce the answer; they are not the answer
         except StreamTruncated as error:
-            broken = broken or OSError(error.message)
+            send_error = send_error or OSError(error.message)
         if self.buffer:
             raise BadUpstreamPayload(f"{self._url} closed the connection in the middle of its answer")
-        why = f" ({reason_of(broken)})" if broken else ""
+        why = f" ({reason_of(send_error)})" if send_error else ""
         raise _NoAnswer(f"{self._url} closed the connection without an answer{why}")
 
     def close(self) -> None:
@@ -4243,15 +4240,15 @@ class Reply:
             raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
         self.length = int(length) if length is not None else None       # as announced, also for HEAD
         bodiless = method == "HEAD" or self.status in (204, 304)
-        # Length and chunks at once are what smuggling looks like: read as chunked, the connection is not used again.
+        # Exactly one framing: with neither the body ends with the connection, with both it smells of smuggling.
         self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
-            and (bodiless or chunked is (length is None))
+            and (bodiless or chunked != (length is not None))
         coding = self.headers.get("content-encoding", "").strip().lower()
         plain = bodiless or coding in ("", "identity")
         self._inflate = None if plain else inflater(
             coding, lambda sentence, _: BadUpstreamPayload(f"upstream sent a body that {sentence}"))
         self._body = wire.body(0 if bodiless else self.length, chunked and not bodiless)
-        wire.whole = False
+        wire.in_step = False            # the generator says so itself only once it runs
 
     @property
     def content_type(self) -> str:
@@ -4286,13 +4283,13 @@ class Reply:
         """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for up to
         `patience` seconds, so that its connection lives on."""
         wire, until = self._wire, time.monotonic() + patience
-        if self._keep and patience and not wire.whole:
+        if self._keep and patience and not wire.in_step:
             wire.patience = patience
             with contextlib.suppress(ProxyError):
                 for _ in self._body:
                     if time.monotonic() > until:
                         break
-        if self._keep and wire.whole and not wire.buffer:
+        if self._keep and wire.in_step and not wire.buffer:
             self._upstream.give_back(self._key, wire)
         else:
             wire.close()
@@ -4325,13 +4322,15 @@ class Upstream:
             began = time.monotonic()
             try:
                 wire.begin(scope, patience)
-                broken = self._send(wire, target, via, method, path, headers, body)
-                reply = Reply(self, key, wire, wire.answer_head(broken), method)
+                send_error = self._send(wire, target, via, method, path, headers, body)
+                reply = Reply(self, key, wire, wire.answer_head(send_error), method)
                 break
             except BaseException as error:
+                scope.release()
                 wire.close()
                 scope.check()
-                # Dead before it could have been read: an idle connection that the target had given up.
+                # Dead before it could have been read: an idle connection that the target had given up.  After a longer
+                # time it may have begun to generate, and nobody wants to pay twice.
                 if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
             wire = self._dial(target, via, min(self._config.connect_timeout, patience))
@@ -4345,7 +4344,7 @@ class Upstream:
 
     def _send(self, wire: TargetWire, target: Target, via: Optional[Proxy], method: str, path: str, headers: Iterable,
               body: Any) -> Optional[OSError]:
-        """Sends a request; returns what broke the sending."""
+        """Sends a request; returns what broke the sending: the target may have answered before it stopped reading."""
         plain_proxy = via is not None and target.scheme == "http"
         address = f"http://{target.authority}{path}" if plain_proxy else path
         lines = [f"{method} {address} HTTP/1.1", f"Host: {target.authority}"]
@@ -5286,6 +5285,26 @@ class CallExtras:
 # ----------------------------------------------------------------------------
 
 
+# What lives under /v1 and is called without it by some clients (Copilot Chat 0.37).
+_ROOT_ALIASES = frozenset(("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages"))
+_ODD_PREFIX = re.compile(r"^/v1(?=/api/)|^/api(?=/v1/(?!models$))|^/api/(?:chat|generate)(?=/api/)|^/v1(?=/v1/)")
+
+
+# Escapes of letters, digits and -._~ mean the characters themselves (RFC 3986 section 6.2.2.2).
+_ESCAPED = re.compile("%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
+
+
+def clean_path(path: str) -> str:
+    """The path a client meant: slashes doubled by a base URL, prefixes doubled by a habit."""
+    path = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), path)
+    while "//" in path:
+        path = path.replace("//", "/")
+    if len(path) > 1:
+        path = path.rstrip("/") or "/"
+    path = _ODD_PREFIX.sub("", path) or "/"
+    return "/v1" + path if path in _ROOT_ALIASES else path
+
+
 class Request:
     """What a client asks.  `body` is bytes, or an iterator of its pieces for routes that stream it."""
 
@@ -5297,6 +5316,12 @@ class Request:
         self.length, self.chunked, self.keep = 0, False, version == 1
         self.route: Any = None
         self.started = time.monotonic_ns()
+
+
+def request_dialect(request: Optional[Request]) -> Dialect:
+    """Who must understand our errors: told by the path alone, so that it works for paths unknown."""
+    path = request.path if request is not None else "/"
+    return ANTHROPIC if path.startswith("/v1/messages") else OPENAI if path.startswith("/v1") else OLLAMA
 
 
 class Response:
@@ -5446,14 +5471,14 @@ class Context:
 
     def headers(self, request: Optional[Request] = None) -> list:
         """What goes to the target with every request: its key, never the client's unless so configured."""
-        target, client = self.target, self.client_key(request)
+        target, client = self.target, self.authorization_of(request)
         own = ("api-key", target.key) if target.key_header == "api-key" else ("Authorization", f"Bearer {target.key}")
         key = [("Authorization", client)] if client else [own] if target.key else []
         extra = [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
         marks = [request.headers[MARK]] if request is not None and MARK in request.headers else []
         return STRANGERS_HEADERS + key + extra + [(MARK, ", ".join(marks + [self.mark]))]
 
-    def client_key(self, request: Optional[Request]) -> str:
+    def authorization_of(self, request: Optional[Request]) -> str:
         """The client's own Authorization, when it is to be passed on; the key of our own door never is.  Lists are
         nobody's: they are asked with the last one seen."""
         if not self.config.forward_auth:
@@ -5548,7 +5573,7 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
 
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
     """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
-    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.client_key(request):
+    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.authorization_of(request):
         source = context.config.sources["api_key"]
         where = {"flag": "--api-key", "default": "none is set: --api-key"}.get(source, source)
         return UpstreamError(f"{context.target.url} refused the key of this proxy ({where}): {error.message}", 502)
@@ -5611,7 +5636,7 @@ def converse(request: Request, scope: Scope) -> Response:
     translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact,
                               context.log.tap)
     if call.stream:
-        return Response(200, media_type=encoder.media_type, lines=begun(translation.lines(reply.pieces())))
+        return Response(200, media_type=encoder.media_type, lines=primed(translation.lines(reply.pieces())))
     data = reply.read()
     context.log.data("Target response", data, request.started)
     response = Response(200, translation.whole(data))
@@ -5710,12 +5735,11 @@ def embed(request: Request, scope: Scope) -> Response:
         return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
     if call.keep_alive is None:
         call = call._replace(keep_alive=settings_for(context.config, info.id)[1].get("keep_alive"))
-    vectors: list = []
-    counts: list = []
+    vectors, counts, portion = [], [], []
 
     def render(habits: Habits) -> WireRequest:
-        portion = call.inputs[len(vectors):][:habits.batch or None]
-        return target.render_embed(call._replace(model=info.id, inputs=portion), habits)
+        portion[:] = call.inputs[len(vectors):][:habits.batch or None]
+        return target.render_embed(call._replace(model=info.id, inputs=tuple(portion)), habits)
 
     while len(vectors) < len(call.inputs):
         kept = ("input",) if call.truncate is False else ()
@@ -5725,8 +5749,7 @@ def embed(request: Request, scope: Scope) -> Response:
             raise BadUpstreamPayload(f"upstream sent embeddings that are not JSON: {error_text(data, 502)}")
         if as_dict(answer).get("error"):
             raise stream_error(answer)
-        sent = len(render(context.healer.known((info.id, "embed")).habits).body["input"])
-        more, usage = target.read_embeddings(answer, sent)
+        more, usage = target.read_embeddings(answer, len(portion))
         vectors += more
         counts.append(usage.prompt_tokens)
     usage = Usage(sum(counts) if all(counts) else None)
@@ -5867,7 +5890,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     more try after a refusal.
     """
     log = scope.context.log
-    own = scope.context.client_key(request) and key     # whose account pays is told beside one's own key only
+    own = scope.context.authorization_of(request) and key     # whose account pays is told beside one's own key only
     private = PRIVATE_HEADERS | HOP_BY_HOP | (set() if own else ACCOUNT_HEADERS)
     headers = (scope.context.headers(request) if key else STRANGERS_HEADERS) + travelling(
         request.headers, private, ("access-control-", "sec-", "cf-"))
@@ -5888,7 +5911,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
                 return json_response(request_dialect(request).render_error(error), error.status, answer[1])
             return Response(error.status, text, answer[0] or TEXT, answer[1])
     length = None if "content-encoding" in reply.headers else reply.length
-    if request.method == "HEAD":
+    if request.method == "HEAD" or reply.status in (204, 304):
         return Response(reply.status, b"", *answer, lines=(), length=length)
     answer = (answer[0] or "application/octet-stream", answer[1])
     if length is not None and length <= RELAY_WHOLE:
@@ -5897,7 +5920,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         return Response(reply.status, data, *answer)
     pieces = ([piece] for piece in tapped(reply.pieces(), log.tap))
     # Of a stream the head goes out at once, for servers may be silent during a long prompt.
-    lines = itertools.chain([[]], pieces) if answer[0].startswith(EVENT_STREAM) else begun(pieces)
+    lines = itertools.chain([[]], pieces) if answer[0].startswith(EVENT_STREAM) else primed(pieces)
     return Response(reply.status, b"", *answer, lines=lines, length=length)
 
 
@@ -6079,27 +6102,7 @@ ROUTES = {
 _ARGUMENTS = {"/api/blobs/": "{digest}", "/v1/models/": "{id}"}        # paths that end in one
 # What is relayed.  TRACE would echo our own key to the client, CONNECT would make us an open proxy.
 RELAYED_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-# What lives under /v1 and is called without it by some clients (Copilot Chat 0.37).
-_ROOT_ALIASES = frozenset(("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages"))
-_ODD_PREFIX = re.compile(r"^/v1(?=/api/)|^/api(?=/v1/(?!models$))|^/api/(?:chat|generate)(?=/api/)|^/v1(?=/v1/)")
-
-
-# Escapes of letters, digits and -._~ mean the characters themselves (RFC 3986 section 6.2.2.2).
-_ESCAPED = re.compile("%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
-
-
-def clean_path(path: str) -> str:
-    """The path a client meant: slashes doubled by a base URL, prefixes doubled by a habit."""
-    path = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), path)
-    while "//" in path:
-        path = path.replace("//", "/")
-    if len(path) > 1:
-        path = path.rstrip("/") or "/"
-    path = _ODD_PREFIX.sub("", path) or "/"
-    return "/v1" + path if path in _ROOT_ALIASES else path
-
-
-def match(request: Request, context: Context) -> Route:
+def find_route(request: Request, context: Context) -> Route:
     """The row for a request.  Raises BadRequest 404, or 405 with Allow."""
     path, start = request.path, "/".join(request.path.split("/")[:3]) + "/"
     pattern = start + _ARGUMENTS.get(start, "")
@@ -6119,12 +6122,6 @@ def match(request: Request, context: Context) -> Route:
     if path.startswith("/api/") and relayed and (context.fallback is not None or context.api() == "ollama"):
         return Route(unsupported)
     raise BadRequest(f"{one_line(path, 100)} not found", 404)
-
-
-def request_dialect(request: Optional[Request]) -> Dialect:
-    """Who must understand our errors: told by the path alone, so that it works for paths unknown."""
-    path = request.path if request is not None else "/"
-    return ANTHROPIC if path.startswith("/v1/messages") else OPENAI if path.startswith("/v1") else OLLAMA
 
 # ----------------------------------------------------------------------------
 # Room 16.  HTTP server: sockets to Request, Response to sockets
@@ -6288,7 +6285,7 @@ class ClientWire(Wire):
         self.buffer = re.sub(rb"^(?:\r\n){1,8}", b"", self.buffer)
         return super().head()
 
-    def look_at(self, beginning: bytes) -> None:
+    def check_beginning(self, beginning: bytes) -> None:
         """Refuses at once what never becomes a head that is understood."""
         if beginning[:1] == b"\x16":
             raise BadRequest("this is plain HTTP, not TLS", close=True)
@@ -6302,7 +6299,7 @@ class ClientWire(Wire):
         """All of it, as fast as the client takes it: sendall() would count its time-out for the whole.
         Raises ClientGone."""
         view = memoryview(data)
-        self.allow(self.patience)
+        self.set_timeout(self.patience)
         try:
             while view:
                 view = view[self.sock.send(view):]
@@ -6322,7 +6319,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.draining = False
         self.connections = 0
         self.answering: dict = {}               # connection -> whether a request on it is being answered
-        self.changed = threading.Condition()    # guards these two
+        self.changed = threading.Condition()    # guards `connections` and `answering`
         host, port = address
         if ":" in host or (host == "" and socket.has_dualstack_ipv6()):
             self.address_family = socket.AF_INET6
@@ -6428,7 +6425,7 @@ _REQUEST_NUMBERS = itertools.count(1)   # in --debug lines
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    """One client connection.  handle_one_request is one request, read aloud."""
+    """One client connection: handle() of the standard library calls handle_one_request until `close_connection`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -6453,7 +6450,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """One request from its first byte to its access line."""
-        self.close_connection, self.asked, self._cors, self._sent, self._why = True, None, [], 0, ""
+        self.close_connection, self.asked, self._cors, self._sent, self._error_text = True, None, [], 0, ""
         with contextlib.suppress(ProxyError):       # gone, or silent for too long: nobody asked anything
             self.wire.buffer = self.wire.buffer or self.wire.receive()
         if not self.wire.buffer:
@@ -6469,13 +6466,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 complain(error)
                 self._log(200)
                 return
-            if self.close_connection and not self.wire.whole:
+            if self.close_connection and not self.wire.in_step:
                 self._linger()
 
     def respond(self, scope: Scope) -> Response:
         """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
         try:
-            self.wire.whole = False     # of a head that cannot be trusted no one knows how it goes on
+            self.wire.in_step = False     # until a head is parsed nobody knows where the next request begins
             if not self.parse_request():
                 raise ClientGone("client closed the connection")
             request, context = self.asked, self.context
@@ -6486,10 +6483,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if context.mark in request.headers.get(MARK, ""):
                 context.log.say("a request came back to this proxy: its target leads to itself")
                 raise BadRequest("this request came back to the proxy that sent it: its target leads to itself", 508)
-            context.client_key(request)     # with --forward-auth lists are asked with it, too
+            context.authorization_of(request)     # with --forward-auth lists are asked with it, too
             if request.headers.get("upgrade", "").lower() == "websocket":
                 raise BadRequest("WebSockets are not spoken here: use HTTP", 426, [("Upgrade", "HTTP/1.1")])
-            request.route = match(request, context)
+            request.route = find_route(request, context)
             request.body = self._body(request)
             if isinstance(request.body, bytes) and request.body:
                 context.log.data(f"{request.method} {request.path} - Body", request.body)
@@ -6509,7 +6506,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         head = self.wire.head()
         if head is not None:
             self.asked = parse_request_head(head, self._names_us)
-            self.wire.whole = not (self.asked.length or self.asked.chunked)
+            self.wire.in_step = not (self.asked.length or self.asked.chunked)
         return head is not None
 
     def _names_us(self, authority: str) -> bool:
@@ -6540,6 +6537,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         offered = [given.strip() if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
+        # A list: all are compared, whichever fits, so that the time tells nothing.
         if not any([hmac.compare_digest(text.encode("latin-1"), key.encode("utf-8")) for text in offered]):
             raise BadRequest("missing or wrong key: send it as Authorization: Bearer KEY or x-api-key", 401,
                              [("WWW-Authenticate", "Bearer")])
@@ -6551,8 +6549,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         limit, wire = self.context.config.max_body, self.wire
         streams = request.route.streams and (self.context.fallback is not None or self.context.api() == "ollama")
         if request.length > limit and not streams:
-            raise too_large(limit)
-        if not wire.whole and request.version == 1 and not wire.buffer \
+            raise body_too_large(limit)
+        if not wire.in_step and request.version == 1 and not wire.buffer \
                 and request.headers.get("expect", "").lower() == "100-continue":
             wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces = wire.body(request.length, request.chunked)
@@ -6568,7 +6566,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             found.append(piece)
             size += len(piece)
             if size > limit:
-                raise too_large(limit)
+                raise body_too_large(limit)
         return b"".join(found)
 
     # -- writing
@@ -6578,10 +6576,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         place some clients look (clients rule 4)."""
         request = self.asked = self.asked or Request("BAD", "/", 1, {})
         if error.close:
-            request.keep, self.wire.whole = False, False
+            request.keep, self.wire.in_step = False, False
         if not request.path.startswith("/v1"):
             error = blame_our_key(self.context, error, request)
-        error.message = self._why = self.context.log.redact(error.message)
+        error.message = self._error_text = self.context.log.redact(error.message)
         dialect = request_dialect(request)
         headers = list(error.headers)
         if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
@@ -6612,18 +6610,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def send(self, response: Response) -> None:
         """Writes the answer: head and first bytes in one send, then whatever has come, at once.  Raises ClientGone."""
         request, failure = self.asked, None
-        chunked = response.length is None and request.version == 1 and request.method != "HEAD"
-        counted = chunked or response.length is not None
-        keep = request.keep and self.wire.whole and not self.server.draining and counted
+        bodiless = request.method == "HEAD" or response.status in (204, 304)
+        chunked = response.length is None and request.version == 1 and not bodiless
+        counted = bodiless or chunked or response.length is not None
+        keep = request.keep and self.wire.in_step and not self.server.draining and counted
         out = self._head(response, keep, chunked)
         try:
-            for lines in response.lines if request.method != "HEAD" and response.status != 204 else ():
+            for lines in () if bodiless else response.lines:
                 self._sent += sum(map(len, lines))
                 self.wire.send(out + b"".join(map(http_chunk, lines) if chunked else lines))
                 out = b""
         except Told as error:           # the client knows
             failure = error
-        except UpstreamError as error:  # it must not take the end for the end
+        except UpstreamError as error:  # without the last chunk the client sees that the answer was cut
             failure, keep, chunked = error, False, False
         if out or chunked:
             self.wire.send(out + (LAST_CHUNK if chunked else b""))
@@ -6637,7 +6636,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if request is not None:
             self.context.log.access(self.client_address[0],
                                     f"{request.method} {request.target.partition('?')[0]} HTTP/1.{request.version}",
-                                    status, self._sent, (time.monotonic_ns() - request.started) / 1e6, self._why)
+                                    status, self._sent, (time.monotonic_ns() - request.started) / 1e6, self._error_text)
 
     def _linger(self) -> None:
         """Reads and drops what the client still sends: closing at once would reset the connection, and
@@ -6653,7 +6652,7 @@ def unreadable(sentence: str, status: int) -> BadRequest:
     return BadRequest(f"the request has a body that {sentence}", status, close=True)
 
 
-def too_large(limit: int) -> BadRequest:
+def body_too_large(limit: int) -> BadRequest:
     return BadRequest(f"request body too large: more than {limit} bytes (--max-body)", 413, close=True)
 
 # ----------------------------------------------------------------------------
