@@ -4596,35 +4596,76 @@ def bench_client(port, request, count, ending):
                 data = (data + sock.recv(1 << 20))[-64:]
 
 
+PIPE = """
+import socket, sys, threading
+def copy(source, sink):
+    try:
+        while True:
+            data = source.recv(65536)
+            if not data:
+                break
+            sink.sendall(data)
+    except OSError:
+        pass
+    sink.close()
+listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+print(f"listening on  http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+while True:
+    client = listener.accept()[0]
+    server = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    for ends in ((client, server), (server, client)):
+        for end in ends:
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=copy, args=ends, daemon=True).start()
+"""
+
+
+def bench_cost(process, port, request, clients, count, ending):
+    """(seconds of processor time, rounds): rounds of `clients` connections with `count` requests each, until the cost
+    is half a second, which the clock of a process tells well enough."""
+    bench_client(port, request, 1, ending)
+    before, begun, rounds = cpu_seconds(process.pid), time.monotonic(), 0
+    while cpu_seconds(process.pid) - before < 0.5 and time.monotonic() - begun < 20:
+        arguments = (port, request, count, ending)
+        threads = [threading.Thread(target=bench_client, args=arguments) for _ in range(clients)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        rounds += 1
+    return cpu_seconds(process.pid) - before, rounds
+
+
 def bench():
-    """Prints microseconds of processor time per unit, and the ratio to the /v1 relay's or the list's."""
+    """Prints microseconds of processor time per unit, and the ratio to a pipe of a few lines of Python that passes the
+    same answers on as bytes, measured in the same run."""
     target = ScriptedTarget()
     target.answers["/v1/embeddings"] = http_answer({"data": [{"index": at, "embedding": [0.123456] * 768} for at in range(16)]})
     process = launch("--target", target.url, "--target-api", "openai")
-    drain = threading.Thread(target=process.stdout.read, daemon=True)
-    drain.start()
-    chat, relay = (http_request("POST", path, {**CHAT, "stream": True}) for path in ("/api/chat", "/v1/chat/completions"))
-    whole = http_request("POST", "/api/chat", {**CHAT, "stream": False})
-    rows = [("saturated stream, /v1 relay", relay, bench_script(0), 1, 60, BENCH_TOKENS, "token", b"0\r\n\r\n"),
-            ("saturated stream, translated", chat, bench_script(0), 1, 60, BENCH_TOKENS, "token", b"0\r\n\r\n"),
-            ("paced streams, 32 at once", chat, bench_script(0.02), 32, 1, 100, "token", b"0\r\n\r\n"),
-            ("tags from memory", http_request("GET", "/api/tags"), None, 1, 3000, 1, "request", b"}]}"),
-            ("non-stream chat", whole, http_answer(WHOLE), 1, 1500, 1, "request", b"}"),
-            ("embeddings, 16 of 768", http_request("POST", "/api/embed", {"model": "text-embed", "input": ["x"] * 16}), None, 1, 60, 1, "request", b"}")]
-    base = {}
-    print(f"{'':32}{'µs of processor':>16}{'per':>9}{'ratio':>8}")
-    for name, request, answer, clients, count, units, unit, ending in rows:
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    pipe = subprocess.Popen([sys.executable, "-c", PIPE, str(target.port)], stdout=subprocess.PIPE, text=True)
+    pipe_port = int(pipe.stdout.readline().rpartition(":")[2])
+    ask = {path: http_request("POST", path, {**CHAT, "stream": True}) for path in ("/api/chat", "/v1/chat/completions")}
+    relay, whole = ask["/v1/chat/completions"], http_request("POST", "/api/chat", {**CHAT, "stream": False})
+    plain = http_request("POST", "/v1/chat/completions", {**CHAT, "stream": False})
+    embed = http_request("POST", "/api/embed", {"model": "text-embed", "input": ["x"] * 16})
+    vectors = http_request("POST", "/v1/embeddings", {"model": "text-embed", "input": ["x"] * 16})
+    tags, models = http_request("GET", "/api/tags"), http_request("GET", "/v1/models")
+    stream, paced, end = bench_script(0), bench_script(0.02), b"0\r\n\r\n"
+    rows = [("saturated stream, translated", ask["/api/chat"], relay, stream, 1, 10, BENCH_TOKENS, "token", end, end),
+            ("saturated stream, relayed", relay, relay, stream, 1, 10, BENCH_TOKENS, "token", end, end),
+            ("paced streams, 32 at once", ask["/api/chat"], relay, paced, 32, 1, 100, "token", end, end),
+            ("non-stream chat", whole, plain, http_answer(WHOLE), 1, 100, 1, "request", b"}", b"}"),
+            ("tags from memory", tags, models, None, 1, 300, 1, "request", b"}]}", b"}"),
+            ("embeddings, 16 of 768", embed, vectors, None, 1, 10, 1, "request", b"}", b"}")]
+    print(f"{'':32}{'µs of processor':>16}{'per':>9}{'pipe':>8}{'ratio':>8}")
+    for name, request, same, answer, clients, count, units, unit, ending, same_ending in rows:
         if answer is not None:
             target.answers["/v1/chat/completions"] = answer
-        bench_client(process.port, request, 2 if units > 100 else 1, ending)
-        before = cpu_seconds(process.pid)
-        threads = [threading.Thread(target=bench_client, args=(process.port, request, count, ending)) for _ in range(clients)]
-        [thread.start() for thread in threads], [thread.join() for thread in threads]
-        cost = (cpu_seconds(process.pid) - before) / (clients * count * units) * 1e6
-        base.setdefault(unit, cost or 1e-9)
-        print(f"{name:32}{cost:>16.2f}{unit:>9}{cost / base[unit]:>8.1f}")
-    process.terminate()
-    process.wait()
+        costs = [cost / (rounds * clients * count * units) * 1e6 for cost, rounds in (
+            bench_cost(process, process.port, request, clients, count, ending),
+            bench_cost(pipe, pipe_port, same, clients, count, same_ending))]
+        print(f"{name:32}{costs[0]:>16.2f}{unit:>9}{costs[1]:>8.2f}{costs[0] / costs[1]:>8.1f}")
+    for one in (process, pipe):
+        one.terminate()
+        one.wait()
     target.close()
     return 0
 
