@@ -4549,6 +4549,182 @@ def test_a_large_relayed_answer_that_breaks_is_an_error_as_long_as_nothing_was_s
 
 
 # ----------------------------------------------------------------------------
+# Messages: what an operator reads when something is wrong
+# ----------------------------------------------------------------------------
+
+
+@cases("argv, text", [
+    (["--target", "lm-studio"], "bad target 'lm-studio': no such preset (did you mean lmstudio?)"),
+    (["open-router"], "bad target 'open-router': no such preset (did you mean openrouter?)"),
+    (["http:/localhost:1234"], "bad target 'http:/localhost:1234': write http://HOST"),
+    (["here", "--target", "there"], "two targets: here and --target there"),
+    (["--timeout", "soon"], "--timeout soon: must be a number"),
+    (["--port", "x"], "--port x: must be a whole number"),
+    (["--port", "99999"], "--port 99999: must be between 0 and 65535"),
+    (["--origins", "chat.example.com"], "--origins chat.example.com: chat.example.com is no origin such as https://chat.example.com"),
+    (["--ollama-version", "12"], "--ollama-version 12: X.Y.Z is expected"),
+    (["--tls-key", "k.pem"], "--tls-key k.pem: --tls-cert is missing, and TLS needs both"),
+    (["--set", "m:temperature=hot"], '--set m:temperature=hot: option "temperature" must be of type float32')])
+def test_a_flag_that_cannot_be_used_is_named_with_its_value(argv, text):
+    with pytest.raises(UsageError) as caught:
+        Config.from_args(argv, {})
+    assert str(caught.value) == text
+
+
+def test_certificates_are_looked_at_before_anything_starts():
+    done = run_program("--ca-file", "no-such-file.pem", "--target", "https://127.0.0.1:9")
+    assert done.returncode == 2 and done.stderr == "ollama_proxy: --ca-file no-such-file.pem: no such file or directory\n"
+
+
+def test_what_looks_like_a_mistake_is_a_note():
+    Path(".env").write_text("OPENAI_API_KEY=x\n# fine\nthis is junk\n")
+    config = Config.from_args(["--set", "m:num_ctxx=5"], {"OLLAMA_PROXY_TAGET": "x"})
+    assert config.notes == (
+        ".env: line 3 is no KEY=VALUE", "OLLAMA_PROXY_TAGET is no setting (did you mean OLLAMA_PROXY_TARGET?)",
+        "--set m: num_ctxx is no option that is known (did you mean num_ctx?)")
+    assert config.files == (".env",)
+
+
+@cases("given, url", [
+    ("localhost:1234", "http://localhost:1234/v1"), ("http://a:1/v1/models", "http://a:1/v1"),
+    ("http://a:1/v1/chat/completions", "http://a:1/v1"), ("http://a:1/api", "http://a:1/v1"),
+    ("http://a:1/api/tags", "http://a:1/v1"), ("http://a:1/x/v1/responses/", "http://a:1/x/v1")])
+def test_a_target_is_read_as_it_was_pasted(given, url):
+    assert Config.from_args([given], {}).destination.url == url
+
+
+def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, target):
+    Path("models-filter.txt").write_text("m\nqwen3*\nlama*\n")
+    proxy = start("--target-api", "openai", "--alias", "fast=mm", "--set", "qwem3*:num_ctx=5")
+    names_of(proxy)
+    for text in ("--alias mm: the target lists no such model", "--set qwem3*: the target lists no such model",
+                 "models filter lama*: the target lists no such model"):
+        proxy.wait_logged(text)
+    names_of(proxy)
+    assert sum("lists no such model" in line for line in proxy.errors) == 3
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_name(start, target):
+    answer = start("--target-api", "openai").post("/api/chat", {**CHAT, "model": "qwen3:8"})
+    assert json.loads(answer.data) == {"error": "model 'qwen3:8' not found (did you mean qwen3:8b?)"}
+
+
+@cases("argv, environ, where", [
+    (["--api-key", "sk-wrong-key"], {}, "--api-key"), ([], {}, "none is set: --api-key"),
+    ([], {"OLLAMA_PROXY_API_KEY": "sk-wrong-key"}, "OLLAMA_PROXY_API_KEY")])
+def test_a_key_that_is_refused_is_told_with_its_place(start, target, argv, environ, where):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "no"}}, 401)
+    answer = start("--target-api", "openai", *argv, environ=environ).post("/api/chat", CHAT)
+    assert json.loads(answer.data) == {"error": f"{target.url}/v1 refused the key of this proxy ({where}): no"}
+
+
+def test_a_web_page_is_told_from_an_api_and_trouble_with_lists_is_logged_once(start, target):
+    target.answers["/v1/models"] = http_answer("<html><title>Login</title></html>", 200, "text/html")
+    proxy = start("--target-api", "openai")
+    for _ in range(3):
+        assert proxy.call("GET", "/api/tags").status == 502
+    proxy.wait_logged(f"model list: {target.url}/v1 gave no model list: HTTP 200 (a web page, no API: is the address right?); "
+                      "it is asked again with the next request")
+    assert sum("model list" in line for line in proxy.errors) == 1
+
+
+def test_a_target_without_a_list_serves_the_names_that_are_configured(start, target):
+    target.answers["/v1/models"] = http_answer({"error": {"message": "no such route"}}, 404)
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    Path("models-filter.txt").write_text("big-model\nother-*\n")
+    proxy = start("--target-api", "openai", "--alias", "fast=big-model")
+    assert names_of(proxy) == ["big-model:latest", "fast:latest"]
+    assert proxy.lines("/api/chat", {**CHAT, "model": "fast"})[-1]["done"]
+    assert target.calls("/v1/chat/completions")[-1].json["model"] == "big-model"
+    assert proxy.post("/api/chat", {**CHAT, "model": "nope"}).status == 404
+    Path("models-filter.txt").unlink()
+    assert start("--target-api", "openai", "--alias", "fast=big-model").lines("/api/chat", {**CHAT, "model": "any"})[-1]["done"]
+
+
+def test_two_proxies_that_point_at_each_other_end_after_one_turn(start, target):
+    first = start("--target-api", "openai")
+    second = start("--target", f"http://127.0.0.1:{first.port}", "--target-api", "openai")
+    first.context.target = first.context.target._replace(port=second.port)
+    answer = first.post("/v1/chat/completions", CHAT)
+    assert answer.status == 508
+    assert json.loads(answer.data)["error"]["message"] == \
+        "this request came back to the proxy that sent it: its target leads to itself"
+    first.wait_logged("a request came back to this proxy: its target leads to itself")
+
+
+def test_the_wrong_scheme_is_told_in_words(start, tls_target):
+    demo = DemoServer()
+    proxy = start("--target", demo.url.replace("http://", "https://"), "--target-api", "openai")
+    assert "no TLS is spoken there: write http:// instead of https://" in json.loads(proxy.post("/api/chat", CHAT).data)["error"]
+    proxy = start("--target", f"http://127.0.0.1:{tls_target.port}", "--target-api", "openai")
+    assert proxy.post("/api/chat", CHAT).status == 502
+    demo.shutdown()
+
+
+def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
+    answer = start("--target", "https://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT)
+    assert json.loads(answer.data)["error"] == "HTTPS_PROXY cannot be used: socks5 proxies are not supported, only http ones"
+
+
+def test_the_banner_names_what_was_read_and_hidden(tmp_path):
+    demo = DemoServer()
+    Path("models-filter.txt").write_text("demo-chat\n")
+    process = launch("--target", demo.url, source=[str(HERE / "ollama_proxy.py")])
+    text = process.banner + process.stdout.readline()
+    assert "1 model: demo-chat:latest (1 hidden by the filter)" in text and "read          models-filter.txt" in text
+    process.terminate()
+    process.communicate()
+    demo.shutdown()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX") if pytest else lambda f: f
+def test_who_stops_a_proxy_in_mid_stream_is_told_what_it_waits_for(target):
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    process = launch("--target", target.url, "--target-api", "openai", "--grace", "1000")
+    with socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE) as sock:
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        read_until(sock, b"Hel")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "finishing 1 request; again to cut them\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "1 request was cut\n" and process.wait(PATIENCE) == 0
+
+
+def test_check_tells_which_clients_are_ready(target):
+    demo = DemoServer()
+    lines = run_program("--check", demo.url).stdout.splitlines()
+    for line in ("tools       works (1 piece, 1 tokens, calls get_time)", "embeddings  works (8 numbers)",
+                 "vision      works (1 piece, 7 tokens)", "thinking    no: no thinking came", "VS Code Copilot        ready",
+                 "Claude Code            ready"):
+        assert line in lines
+    demo.shutdown()
+    target.answers["/v1/chat/completions"] = picky({"tools": "tools are not supported by this model"})
+    done = run_program("--check", target.url)
+    assert done.returncode == 0 and "Home Assistant         not ready: tools: tools are not supported by this model" in done.stdout
+    assert "ollama CLI             ready" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_help_is_short_grouped_and_names_the_program(capsys):
+    with pytest.raises(SystemExit):
+        Config.from_args(["--help"], {})
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ") and "[options] [TARGET]" in text.splitlines()[0] and len(text.splitlines()) < 100
+    headings = re.findall(r"^(\w[^\n]*):\n", text, re.M)
+    assert [one for one in headings if one in proxy_module.GROUPS.values()] == list(proxy_module.GROUPS.values())
+
+
+def test_debug_lines_have_a_time_and_the_number_of_the_request(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    proxy = start("--debug", "--target-api", "openai")
+    proxy.post("/api/chat", {**CHAT, "stream": False})
+    line = proxy.wait_logged("[PROXY] POST /v1/chat/completions: the target answers 200")
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} #\d+ \[PROXY\] ", line)
+    number = line.split()[1]
+    assert all(number in one for one in proxy.logged if "Request: {" in one or "Ollama response" in one)
+
+
+# ----------------------------------------------------------------------------
 # --bench: processor time of the proxy per unit of work, with nothing but Python
 # ----------------------------------------------------------------------------
 
