@@ -549,6 +549,46 @@ STREAMS = [
     ("F113b the word null is no finish", "chat", sse(delta("Hel"), "data: null\n\n", done=False),
      lines("Hel", error="upstream closed the stream before finishing")),
     ("F112 a frame that is no JSON", "chat", b"data: {broken\n\n", lines(error="upstream sent an event that is not JSON: {broken")),
+    ("F118 the last fragment repeats the arguments", "chat",
+     tight(call_delta(part("f", "", index=0, id="a")), call_delta(part(None, '{"x": 1, ', index=0)),
+           call_delta(part(None, '"y": 2}', index=0)), call_delta(part(None, '{"x": 1, "y": 2}', index=0)), TOOLS_END),
+     lines(calls=[("f", {"x": 1, "y": 2})])),
+    ("F119 each fragment holds all there is so far", "chat",
+     tight(call_delta(part("f", '{"x":', index=0, id="a")), call_delta(part(None, '{"x":"a b', index=0)),
+           call_delta(part(None, '{"x":"a b"}', index=0)), TOOLS_END), lines(calls=[("f", {"x": "a b"})])),
+    ("F120 whole arguments twice, written in two ways, in two calls", "chat",
+     tight(call_delta(part("f", '{"x":1}', index=0, id="a")), call_delta(part(None, '{"x": 1}', index=0)),
+           call_delta(part("g", "", index=1, id="b")), call_delta(part(None, "{}", index=1)),
+           call_delta(part(None, "{}", index=1)), TOOLS_END), lines(calls=[("f", {"x": 1}), ("g", {})])),
+    ("F121 a whole answer whose arguments stand twice", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":1}{"x":1}', id="a")]), lines(calls=[("f", {"x": 1})])),
+    ("F121b an empty object before the arguments", "chat",
+     tight(call_delta(part("f", "{}", index=0, id="a")), call_delta(part(None, '{"x"', index=0)),
+           call_delta(part(None, ":1}", index=0)), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F122 a call without arguments, whole", "chat",
+     whole(None, "tool_calls", [part("f", id="a", type="function")]), lines(calls=[("f", {})])),
+    ("F123 an error inside the choice", "chat",
+     tight(delta("par", role="assistant"), {"choices": [
+         {**delta("", finish="error")["choices"][0], "error": {"message": "upstream timed out", "code": 504}}]}),
+     lines("par", error="upstream timed out")),
+    ("F124 the error inside the choice is a text, and the first frame", "chat",
+     tight({"choices": [{"index": 0, "delta": {}, "finish_reason": "error", "error": "no capacity"}]}),
+     lines(error="no capacity")),
+    ("F125 halves of a surrogate pair in two frames", "chat",
+     sse(delta("Hi"), delta(" you \ud83d"), delta("\ude00"), delta(" end"), STOP), lines("Hi you \U0001f600 end")),
+    ("F126 halves that stay alone, at the end too", "chat",
+     sse(delta("a\ud83d"), delta("b \ude00"), delta("c\ud83d"), STOP), lines("a\ufffdb \ufffdc\ufffd")),
+    ("F127 three halves in a row, and empty frames between them", "chat",
+     sse(delta("\ud83d"), delta(""), delta("\ud83d"), delta(None), delta("\ude00"), STOP), lines("\ufffd\U0001f600")),
+    ("F128 halves in reasoning", "chat",
+     sse(delta(reasoning_content="so \ud83d"), delta(reasoning_content="\ude00"), delta("ok"), STOP),
+     lines("ok", thinking="so \U0001f600")),
+    ("F129 halves in the arguments of a call", "chat",
+     sse(call_delta(part("f", '{"x":"\ud83d', index=0, id="a")), call_delta(part(None, '\ude00"}', index=0)),
+         TOOLS_END),
+     lines(calls=[("f", {"x": "\U0001f600"})])),
+    ("F130 half a pair in whole arguments", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":"\\ud83d"}', id="a")]), lines(calls=[("f", {"x": "\ufffd"})])),
 ]
 
 
@@ -722,7 +762,7 @@ def test_every_stream_of_every_server_decodes_whole_and_at_every_cut(name, how, 
 
 
 ODD_TOKENS = ["a", " b", "\n", "\n\n", '"', "\\", "\\n", "é", " \u65e5\u672c", "\U0001f999", "</", "</think>", "<b>", "\t", "\x7f", "\x00", "/", "x" * 600, "", "\u2028",
-              "data: ", "}\n\n", '"},"finish_reason":null}]}']
+              "data: ", "}\n\n", '"},"finish_reason":null}]}', "\ud83d", "\ude00"]
 
 
 def token_stream(chance, dialect, count=60, odd=1.0):
@@ -743,7 +783,7 @@ def token_stream(chance, dialect, count=60, odd=1.0):
         line = json.dumps(value, ensure_ascii=ascii_only, separators=None if spaces else (",", ":")).replace("/", chance.choice(["/", "\\/"]) if chance.random() < .1 else "/")
         frames.append(f"data: {line}\n\n" if dialect is OPENAI else line + "\n")
     last = sse(STOP) if dialect is OPENAI else ndjson({"message": {"content": ""}, "done": True})
-    return "".join(frames).encode() + last
+    return "".join(frames).encode("utf-8", "surrogatepass") + last
 
 
 def some_pieces(chance, data):
@@ -791,6 +831,42 @@ def test_a_stream_that_is_cut_never_looks_whole(name, how, data, wanted):
     ends = [match.end() for match in re.finditer(rb'"finish_reason": ?"(?!null)[^"]+"|\[DONE\]', data)]
     for at in range(0, min(ends)):
         assert b'"done":true' not in translated([data[:at]], how)
+
+
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+HARMONY = "<|channel|>analysis<|message|>why"
+MARKED = [      # what models leave in the text of servers without a parser: text, thinking, answer
+    ("tags", "<think>why</think>ok", "why", "ok"), ("longer tags", "<thinking>\nwhy\n</thinking>\n\nok", "why", "ok"),
+    ("thought", "\n<thought>why</thought> ok", "why", "ok"), ("brackets", "[THINK]why[/THINK]ok", "why", "ok"),
+    ("brackets and lines", "[THINK]\nwhy\n[/THINK]\n\nok", "why", "ok"),
+    ("Gemma", "<|channel>thought\nwhy<channel|>ok", "why", "ok"),
+    ("Gemma, nothing thought", "<|channel>thought\n<channel|>ok", "", "ok"),
+    ("gpt-oss", HARMONY + FINAL + "ok", "why", "ok"),
+    ("gpt-oss, an answer alone", "<|channel|>final<|message|>ok", "", "ok"),
+    ("gpt-oss, to its last mark", HARMONY + FINAL + "ok<|return|>", "why", "ok"),
+    ("gpt-oss, from its first mark", "<|start|>assistant" + HARMONY + FINAL + "ok", "why", "ok"),
+    ("gpt-oss thinks twice", HARMONY + FINAL.replace("final", "analysis") + "more" + FINAL + "ok", "whymore", "ok"),
+    ("gpt-oss says what it does", "<|channel|>commentary<|message|>First, " + FINAL + "ok", "", "First, ok"),
+    ("Seed", "<seed:think>why</seed:think>ok", "why", "ok"),
+    ("Kimi", "\u25c1think\u25b7why\u25c1/think\u25b7ok", "why", "ok"),
+    ("Command", "<|START_THINKING|>why<|END_THINKING|><|START_RESPONSE|>ok<|END_RESPONSE|>", "why", "ok"),
+    ("reasoning", "<reasoning>why</reasoning>ok", "why", "ok"),
+    ("another closer inside", "<think>a [/THINK] b</think>ok", "a [/THINK] b", "ok"),
+    ("half a closer inside", "[THINK]a [/TH b[/THINK]ok", "a [/TH b", "ok"),
+    ("a tag in the middle", "In HTML <think> is no tag", "", "In HTML <think> is no tag"),
+    ("half a bracket", "[THE END]", "", "[THE END]"), ("a list", "[1, 2]", "", "[1, 2]"),
+    ("half a channel", "<|im", "", "<|im"), ("a channel of no use", "<|channel is open", "", "<|channel is open"),
+    ("a mark in quotes", "`[THINK]` opens", "", "`[THINK]` opens")]
+
+
+@cases("name, text, thinking, answer", MARKED, ids=[row[0] for row in MARKED])
+def test_reasoning_marks_are_told_apart_from_the_answer_whole_and_at_every_cut(name, text, thinking, answer):
+    pieces = [[text[:at], text[at:]] for at in range(1, len(text))] + [list(text), [text], [text[:9], "", text[9:]]]
+    for data in [whole(text)] + [sse(*map(delta, cut), STOP) for cut in pieces]:
+        got = [json.loads(line) for line in translated([data]).splitlines()]
+        assert got[-1]["done"] is True, data
+        told = [[entry["message"].get(key, "") for entry in got] for key in ("thinking", "content")]
+        assert ["".join(texts).strip() for texts in told] == [thinking, answer], data
 
 
 @cases("name, status, content_type, body, wanted", PRINTED_ERRORS, ids=[row[0] for row in PRINTED_ERRORS])
@@ -1207,7 +1283,13 @@ def native(**body):
     ({"temperature": 0.5, "top_p": 0.9, "stop": "x", "max_tokens": 5}, {"temperature": 0.5, "top_p": 0.9, "stop": ["x"], "num_predict": 5}),
     ({"max_completion_tokens": 7, "max_tokens": 5}, {"num_predict": 7}), ({"stop": ["a", ""]}, {"stop": ["a"]}), ({"stop": []}, None),
     ({}, None), ({"options": {"num_ctx": 8192}, "temperature": 1}, {"temperature": 1, "num_ctx": 8192}), ({"seed": 3, "top_k": 4}, {"seed": 3, "top_k": 4}),
-    ({"frequency_penalty": 0.1, "presence_penalty": 0.2}, {"frequency_penalty": 0.1, "presence_penalty": 0.2})])
+    ({"frequency_penalty": 0.1, "presence_penalty": 0.2}, {"frequency_penalty": 0.1, "presence_penalty": 0.2}),
+    ({"num_ctx": 16384}, {"num_ctx": 16384}), ({"num_ctx": 5, "options": {"num_ctx": 7}}, {"num_ctx": 7}),
+    ({"num_ctx": None}, None),
+    ({"num_gpu": 1, "num_thread": 2, "use_mmap": False}, {"num_gpu": 1, "num_thread": 2, "use_mmap": False}),
+    ({"options": {"stop": "x"}}, {"stop": ["x"]}), ({"options": {"stop": None, "top_k": 2}}, {"top_k": 2}),
+    ({"options": None}, None), ({"options": {"temperature": None}, "temperature": 1}, {"temperature": 1}),
+    ({"min_p": 0.1, "repeat_penalty": 1.2}, {"min_p": 0.1, "repeat_penalty": 1.2})])
 def test_openai_parameters_become_options(body, wanted):
     assert native(**body).get("options") == wanted
 
@@ -1215,8 +1297,21 @@ def test_openai_parameters_become_options(body, wanted):
 @cases("body, wanted", [
     ({}, None), ({"reasoning_effort": "none"}, False), ({"reasoning_effort": "minimal"}, "low"), ({"reasoning_effort": "xhigh"}, "max"),
     ({"reasoning": {"effort": "high"}}, "high"), ({"think": True, "reasoning_effort": "none"}, True), ({"reasoning": {"enabled": False}}, False),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, False), ({"reasoning_effort": ""}, None)])
-def test_reasoning_effort_becomes_think(body, wanted):
+    ({"chat_template_kwargs": {"enable_thinking": False}}, False), ({"reasoning_effort": ""}, None),
+    ({"reasoning_effort": "low"}, "low"), ({"reasoning_effort": "HIGH"}, "high"), ({"reasoning_effort": "max"}, "max"),
+    ({"reasoning_effort": "off"}, False), ({"reasoning": {"effort": "none"}}, False),
+    ({"reasoning": {"enabled": True}}, True),
+    ({"reasoning": {"effort": None}}, None), ({"reasoning": {"max_tokens": 99}}, None), ({"reasoning": "x"}, None),
+    ({"thinking": {"type": "disabled"}}, False), ({"thinking": {"type": "enabled"}}, True),
+    ({"thinking": {"type": "adaptive"}}, None), ({"thinking": {"type": "enabled"}, "reasoning_effort": "low"}, "low"),
+    ({"thinking": {"type": "disabled"}, "reasoning_effort": "none"}, False), ({"thinking": None}, None),
+    ({"enable_thinking": False}, False), ({"enable_thinking": True}, True), ({"enable_thinking": None}, None),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, True), ({"chat_template_kwargs": {"thinking": False}}, False),
+    ({"chat_template_kwargs": {"thinking": True}}, True),
+    ({"chat_template_kwargs": {"reasoning_effort": "medium"}}, "medium"),
+    ({"chat_template_kwargs": {}}, None), ({"chat_template_kwargs": None}, None), ({"think": "max"}, "max"),
+    ({"think": False, "enable_thinking": True}, False), ({"reasoning_effort": "none", "enable_thinking": True}, False)])
+def test_what_a_client_says_of_thinking_is_understood_in_every_spelling(body, wanted):
     assert native(**body).get("think") == wanted
 
 
@@ -1287,6 +1382,133 @@ def test_an_openai_stream_has_one_id_one_role_and_an_index_for_each_call():
     assert values[-2]["choices"][0]["finish_reason"] == "tool_calls" and deltas[-1] == {}
     assert values[-1]["choices"] == [] and values[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
     assert not any("usage" in value for value in values[:-1])
+
+
+@cases("value, wanted", [("-1", -1), ("300", 300), ("0", 0), (-1, -1), (0, 0), (1.5, 1.5), ("5m", "5m"),
+                         ("1h30m", "1h30m"), ("-1s", "-1s"), ("500ms", "500ms"), (None, None)])
+def test_keep_alive_reaches_an_ollama_as_it_takes_it(value, wanted):
+    assert native(keep_alive=value).get("keep_alive") == wanted
+    for body in ({"input": "x"}, {"input": ["x"]}):
+        call = OPENAI.parse_embed({"model": "m", "keep_alive": value, **body})
+        assert OLLAMA.render_embed(call, Habits()).body.get("keep_alive") == wanted
+
+
+ANIMAL = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]}
+KINDS = {name: {"type": "object", "properties": {"kind": {"const": name.lower()}}} for name in ("Cat", "Dog")}
+CAT, DOG = [{"type": "object", "properties": {"kind": {"enum": [name]}}} for name in ("cat", "dog")]
+SCHEMAS = [     # parameters of a tool, and what of them an Ollama must see
+    ("true stands for anything", {"properties": {"a": True, "b": {"type": "object", "properties": {"c": True}}}},
+     {"a": {}, "b": {"type": "object", "properties": {"c": {}}}}),
+    ("true in a choice", {"properties": {"a": {"anyOf": [True, {"type": "null"}]}}},
+     {"a": {"anyOf": [{}, {"type": "null"}]}}),
+    ("true as items", {"properties": {"a": {"type": "array", "items": True}}}, {"a": {"type": "array", "items": {}}}),
+    ("no properties, as PHP writes them", {"type": "object", "properties": [], "required": []}, {}),
+    ("no properties inside", {"properties": {"a": {"type": "object", "properties": []}}},
+     {"a": {"type": "object", "properties": {}}}),
+    ("properties are null", {"type": "object", "properties": None}, {}),
+    ("a root that may be null", {"type": ["object", "null"], "properties": {"q": {"type": ["string", "null"]}}},
+     {"q": {"type": ["string", "null"]}}),
+    ("a choice of references", {"properties": {"pet": ANIMAL}, "$defs": KINDS}, {"pet": {"anyOf": [CAT, DOG]}}),
+    ("references into definitions", {"properties": {"a": {"$ref": "#/definitions/A", "description": "d"}},
+                                     "definitions": {"A": {"type": "string"}}},
+     {"a": {"type": "string", "description": "d"}}),
+    ("a list of references", {"properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/Cat"}}}, "$defs": KINDS},
+     {"a": {"type": "array", "items": CAT}}),
+    ("all of one", {"properties": {"a": {"allOf": [{"$ref": "#/$defs/Cat"}], "description": "d"}}, "$defs": KINDS},
+     {"a": {**CAT, "description": "d"}}),
+    ("a constant", {"properties": {"a": {"const": 5}, "b": {"const": None}}},
+     {"a": {"enum": [5]}, "b": {"enum": [None]}}),
+    ("what Ollama keeps", {"properties": {"a": {"type": "string", "enum": ["x"], "description": "d"}}},
+     {"a": {"type": "string", "enum": ["x"], "description": "d"}}),
+    ("a reference to nothing", {"properties": {"a": {"$ref": "#/$defs/None"}}}, {"a": {}}),
+    ("a name that is a keyword", {"properties": {"const": {"type": "string"}, "oneOf": {"const": 1},
+                                                 "$ref": {"type": "integer"}}},
+     {"const": {"type": "string"}, "oneOf": {"enum": [1]}, "$ref": {"type": "integer"}}),
+    ("a default is no schema", {"properties": {"a": {"type": "object", "default": {"const": 1, "items": True}}}},
+     {"a": {"type": "object"}})]
+
+
+def as_ollama_reads(schema):
+    """What Ollama's structs keep of a schema; fails where they would refuse it."""
+    assert isinstance(schema, dict), schema
+    kept = {key: value for key, value in schema.items() if key in ("type", "description", "enum")}
+    assert isinstance(kept.get("type", ""), str) or all(isinstance(one, str) for one in kept["type"])
+    assert isinstance(schema.get("required", []), list)
+    if "properties" in schema:
+        kept["properties"] = {name: as_ollama_reads(inner) for name, inner in schema["properties"].items()}
+    if "anyOf" in schema:
+        kept["anyOf"] = list(map(as_ollama_reads, schema["anyOf"]))
+    if "items" in schema:
+        kept["items"] = as_ollama_reads(schema["items"])
+    return kept
+
+
+@cases("name, parameters, wanted", SCHEMAS, ids=[row[0] for row in SCHEMAS])
+def test_schemas_of_tools_reach_an_ollama_in_what_it_keeps(name, parameters, wanted):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    sent = native(tools=[tool])["tools"][0]["function"]["parameters"]
+    assert sent["type"] == "object" and as_ollama_reads(sent)["properties"] == wanted
+
+
+def test_a_schema_that_refers_to_itself_ends():
+    tree = {"type": "object", "properties": {"left": {"$ref": "#/$defs/T"}, "right": {"$ref": "#/$defs/T"}}}
+    parameters = {"properties": {"t": {"$ref": "#/$defs/T"}}, "$defs": {"T": tree}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    try:
+        assert len(json.dumps(native(tools=[tool]))) < 1_000_000
+    except BadRequest as error:
+        assert error.status == 400 and "schema" in error.message
+
+
+@cases("written, wanted", [
+    ("[]", {}), ("", {}), ("null", {}), (None, {}), ([], {}), ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}),
+    ('"{\\"a\\": 1}"', {"a": 1}), ('{"command": "ls -', None), ("ls -la", None), ("5", None), ("[1, 2]", None),
+    ('{"a": 1}}', None), ("{'a': 1}", None)])
+def test_what_a_model_once_wrote_as_arguments_never_ends_the_chat(written, wanted):
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "run", "arguments": written}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "no JSON"}, {"role": "user", "content": "again"}]
+    found = native(messages=turns)["messages"]
+    sent = found[1]["tool_calls"][0]["function"]["arguments"]
+    assert [turn["role"] for turn in found] == ["user", "assistant", "tool", "user"]
+    assert isinstance(sent, dict)
+    assert sent == wanted if wanted is not None else json.dumps(written)[1:-1] in json.dumps(sent)
+    call = parse_ollama_chat({"model": "m", "messages": turns})
+    text = render_openai_chat(call, Habits()).body["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(text) == sent
+
+
+def offered(choice, *kinds):
+    """The names of the tools that an Ollama is shown."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("read", "write", "delete")]
+    return [tool["function"]["name"] for tool in native(tools=tools + list(kinds), tool_choice=choice).get("tools", ())]
+
+
+def named_tool(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+@cases("choice, wanted", [
+    ("auto", ["read", "write", "delete"]), ("required", ["read", "write", "delete"]), ("none", []),
+    (None, ["read", "write", "delete"]), (named_tool("write"), ["write"]),
+    ({"type": "function", "name": "write"}, ["write"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named_tool("read")]}}, ["read"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+        named_tool("write"), {"type": "function", "name": "read"}]}}, ["read", "write"]),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "read"}]}, ["read"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, [])])
+def test_only_tools_that_may_be_called_are_offered(choice, wanted):
+    assert offered(choice) == wanted
+
+
+@cases("tool", [{"type": "custom", "custom": {"name": "sql", "format": {"type": "grammar"}}},
+                {"type": "custom", "name": "sql"}, {"type": "web_search"}, {"type": "web_search_preview"},
+                {"type": "code_interpreter", "container": {"type": "auto"}}])
+def test_other_kinds_of_tools_are_served_or_refused_but_not_forgotten(tool):
+    try:
+        assert len(offered(None, tool)) == 4
+    except BadRequest as error:
+        assert error.status == 400 and tool["type"] in error.message and "function" in error.message
 
 
 @cases("data, text", [(b'{"message":{"content":"a"},"done":false}\n{"error":"boom"}\n', "boom"),
@@ -2167,6 +2389,116 @@ def test_targets_without_a_list_are_trusted(start, target):
     assert start().post("/api/chat", {**CHAT, "model": "anything"}).status == 200
 
 
+TEXT, ARRAY, OBJECT, FLAG, NUMBER = "string", "array", "object", "bool", "integer"
+WRONG = {TEXT: (5, True, ["x"]), ARRAY: ("x", {"a": 1}, 5), OBJECT: ("x", ["x"], True), FLAG: ("yes", 1, {}),
+         NUMBER: ("1", True, 1.5)}
+TYPES = [       # endpoint, what a request needs besides a model, and the types of its fields
+    ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}, {
+        "model": TEXT, "messages": ARRAY, "tools": ARRAY, "options": OBJECT, "stream": FLAG, "truncate": FLAG,
+        "shift": FLAG, "logprobs": FLAG, "top_logprobs": NUMBER}),
+    ("/api/generate", {"prompt": "hi"}, {
+        "model": TEXT, "prompt": TEXT, "suffix": TEXT, "system": TEXT, "template": TEXT, "context": ARRAY,
+        "images": ARRAY, "raw": FLAG, "options": OBJECT, "stream": FLAG, "truncate": FLAG, "shift": FLAG,
+        "logprobs": FLAG, "top_logprobs": NUMBER}),
+    ("/api/embed", {"input": "hi"}, {"model": TEXT, "truncate": FLAG, "dimensions": NUMBER, "options": OBJECT}),
+    ("/api/embeddings", {"prompt": "hi"}, {"model": TEXT, "prompt": TEXT, "options": OBJECT}),
+    ("/api/show", {}, {"model": TEXT, "name": TEXT, "verbose": FLAG, "options": OBJECT, "system": TEXT}),
+    ("/api/pull", {}, {"model": TEXT, "name": TEXT, "stream": FLAG, "insecure": FLAG}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, {
+        "model": TEXT, "messages": ARRAY, "tools": ARRAY, "stream": FLAG, "stream_options": OBJECT, "options": OBJECT,
+        "max_tokens": NUMBER, "max_completion_tokens": NUMBER, "seed": NUMBER, "n": NUMBER, "logprobs": FLAG,
+        "top_logprobs": NUMBER}),
+    ("/v1/completions", {"prompt": "hi"}, {"model": TEXT, "suffix": TEXT, "stream": FLAG, "max_tokens": NUMBER}),
+    ("/v1/embeddings", {"input": "hi"}, {"model": TEXT, "dimensions": NUMBER, "encoding_format": TEXT})]
+INNER = [       # what stands inside, and what is said of it
+    ("messages", ["hi"], "string into field messages of type object"),
+    ("messages", [{"role": 5}], "number into field role of type string"),
+    ("messages", [{"role": "user", "content": 5}], "number into field content of type string"),
+    ("messages", [{"role": "user", "content": "x", "thinking": 5}], "number into field thinking of type string"),
+    ("messages", [{"role": "user", "content": "x", "images": "x"}], "string into field images of type array"),
+    ("messages", [{"role": "assistant", "tool_calls": {}}], "object into field tool_calls of type array"),
+    ("messages", [{"role": "assistant", "tool_calls": ["f"]}], "string into field tool_calls of type object"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"function": "f"}]}],
+     "string into field function of type object"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}],
+     "number into field name of type string"),
+    ("messages", [{"role": "tool", "content": "x", "tool_name": 5}], "number into field tool_name of type string"),
+    ("messages", [{"role": "tool", "content": "x", "tool_call_id": 5}],
+     "number into field tool_call_id of type string"),
+    ("tools", [5], "number into field tools of type object"), ("tools", [None], "null into field tools of type object"),
+    ("tools", [{"type": "function", "function": []}], "array into field function of type object"),
+    ("tools", [{"type": "function", "function": {"name": 5}}], "number into field name of type string"),
+    ("tools", [{"type": "function", "function": {"name": "f", "description": {}}}],
+     "object into field description of type string"),
+    ("tools", [{"type": "function", "function": {}}], "a tool has no name"),
+    ("keep_alive", "soon", 'invalid keep_alive "soon"'), ("keep_alive", True, "invalid keep_alive true"),
+    ("keep_alive", [1], "invalid keep_alive [1]"), ("keep_alive", "1d", 'invalid keep_alive "1d"'),
+    ("keep_alive", {}, "invalid keep_alive {}"), ("keep_alive", "", 'invalid keep_alive ""')]
+
+
+@cases("path, needed, kinds", TYPES, ids=[row[0] for row in TYPES])
+def test_a_wrong_type_in_any_field_is_told_in_ollamas_words_and_goes_no_further(start, target, path, needed, kinds):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    proxy = start("--target-api", "ollama" if path.startswith("/v1") else "openai")
+    for name, kind in kinds.items():
+        for value in WRONG[kind]:
+            answer = proxy.post(path, {"model": "m", **needed, name: value})
+            told = json.loads(answer.data)["error"]
+            told = told["message"] if path.startswith("/v1") else told
+            wrong = {str: "string", bool: "bool", list: "array", dict: "object"}.get(type(value), "number")
+            assert answer.status == 400, (name, value)
+            assert told == f"json: cannot unmarshal {wrong} into field {name} of type {kind}"
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("path", ["/api/chat", "/v1/chat/completions"])
+@cases("name, value, text", INNER, ids=[row[2] for row in INNER])
+def test_a_wrong_type_inside_a_field_is_told_as_well(start, target, path, name, value, text):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    answer = start("--target-api", "ollama" if path.startswith("/v1") else "openai").post(path, {**CHAT, name: value})
+    assert answer.status == 400 and text in answer.data.decode().replace('\\"', '"')
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("path, body", [("/api/generate", {"prompt": "x"}), ("/api/embed", {"input": "x"}),
+                      ("/api/embeddings", {"prompt": "x"}), ("/v1/completions", {"prompt": "x"}),
+                      ("/v1/embeddings", {"input": "x"})])
+def test_what_is_no_duration_is_refused_on_every_endpoint(start, target, path, body):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    proxy = start("--target-api", "ollama" if path.startswith("/v1") else "openai")
+    for value in ("soon", True, [1], "1d"):
+        answer = proxy.post(path, {"model": "m", **body, "keep_alive": value})
+        assert answer.status == 400 and "keep_alive" in answer.data.decode(), value
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("value", [5, {"a": 1}, [1], [["x"]], ["x", None], True])
+def test_what_cannot_be_embedded_is_refused_on_both_faces(start, target, value):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    for api, path in (("openai", "/api/embed"), ("ollama", "/v1/embeddings")):
+        answer = start("--target-api", api).post(path, {"model": "m", "input": value})
+        assert answer.status == 400 and "invalid input" in answer.data.decode()
+
+
+@cases("value", [[1, 2], [[1, 2]], ["a", "b"], 5, {}])
+def test_a_prompt_that_an_ollama_cannot_take_is_a_clear_400(start, ollama_target, value):
+    answer = start().post("/v1/completions", {"model": "llama3", "prompt": value})
+    assert answer.status == 400 and "prompt must be one string" in json.loads(answer.data)["error"]["message"]
+
+
+@cases("path, body", [("/api/chat", b'{"model":"m","stream":false,"messages":[{"role":"user","content":"%b"}]}'),
+                      ("/api/generate", b'{"model":"m","stream":false,"prompt":"%b"}')])
+@cases("text, wanted", [("Gr\u00fc\u00dfe".encode("latin-1"), "Gr\ufffd\ufffde"), (b"cut \\ud83d", "cut \ufffd"),
+                        (b"\\ud83d\\ude00", "\U0001f600"), (b"\\ude00\\ud83d x", "\ufffd\ufffd x"),
+                        (b"\xed\xa0\xbd", None)])
+def test_text_that_is_no_utf8_is_served_as_go_reads_it(start, target, path, body, text, wanted):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    assert start().post(path, body % text).status == 200
+    sent = target.calls("/v1/chat/completions")[-1]
+    assert sent.json["messages"][0]["content"] == wanted or wanted is None
+    assert not re.search(rb"\\ud[89a-f]", re.sub(rb"\\ud[89ab]..\\ud[c-f]..", b"", sent.data)), "half a pair"
+
+
 # -- names, filter, aliases
 
 
@@ -2366,6 +2698,401 @@ def test_tools_messages_and_images_are_never_dropped(start, target, message):
     answer = start().post("/api/chat", {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]})
     assert answer.status == 400 and json.loads(answer.data) == {"error": message}
     assert all("tools" in request.json for request in target.calls("/v1/chat/completions"))
+
+
+# How servers say what they do not take: who says it, in what words.  Numbers and names are those of the requests here.
+
+def turn(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def a_tool(name="look_up", **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"q": {"type": "string"}}, **parameters}}}
+
+
+def roles(body):
+    return [message["role"] for message in body["messages"]]
+
+
+def said(body):
+    """All that the model reads in the turns of a request."""
+    contents = [message.get("content") or "" for message in body["messages"]]
+    return "\n".join(part.get("text", "") for content in contents
+                     for part in ([{"text": content}] if isinstance(content, str) else content))
+
+
+def names_in(body):
+    """The names of tools in the list, and in the calls of the history."""
+    calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
+    return [entry["function"]["name"] for entry in body.get("tools", []) + calls]
+
+
+def ids_in(body):
+    turns = body["messages"]
+    return [call["id"] for message in turns for call in message.get("tool_calls", ())] \
+        + [message["tool_call_id"] for message in turns if "tool_call_id" in message]
+
+
+def fitting(request):
+    """An answer in the form that was asked for."""
+    if "input" in request.json:
+        return http_answer({"data": [{"index": at, "embedding": [float(len(text)), 0.5]}
+                                     for at, text in enumerate(request.json["input"])],
+                            "usage": {"prompt_tokens": len(request.json["input"])}})
+    return http_stream(HELLO) if request.json.get("stream") else http_answer(WHOLE)
+
+
+def reluctant(*refusals):
+    """A target that refuses with each of these texts or (status, body), and then answers."""
+    left = list(refusals)
+
+    def script(talk):
+        talk.released = True
+        status, body = left.pop(0) if left and isinstance(left[0], tuple) else (400, left.pop(0) if left else None)
+        body = {"error": {"message": body}} if isinstance(body, str) else body
+        talk.send(fitting(talk.request) if body is None else http_answer(body, status))
+
+    return script
+
+
+def answered(proxy, request):
+    """The answer to a chat or to texts to embed, which must be whole."""
+    answer = proxy.post("/api/embed" if "input" in request else "/api/chat", {"model": "m", **request})
+    assert answer.status == 200, answer.data
+    last = json.loads(answer.data.splitlines()[-1])
+    assert last["done"] is True if "messages" in request else len(last["embeddings"]) == len(request["input"])
+    return last
+
+
+def lessons_in(proxy):
+    """What the log tells of what was learned; the access line of a later request says that it is all there."""
+    proxy.call("GET", "/health")
+    proxy.wait_logged("/health")
+    return [line for line in proxy.logged + proxy.errors if "from now on" in line]
+
+
+PICTURE = "iVBORw0KGgo="
+HI, SYSTEM = turn("user", "hi"), turn("system", "Be brief.")
+CALLED = [turn("user", "go"), calling(("look.up", {"q": "x"}, "functions.f:0")),
+          result("r", tool_call_id="functions.f:0")]
+LONG_ID = "call_" + "x" * 40
+FORMAT = {"type": "object", "properties": {"age": {"type": "integer"}}}
+BOUNDED = {"properties": {"a": {"type": "array"}, "b": {"type": "string", "pattern": "a+", "maxLength": 500000},
+                          "c": {"$ref": "#/$defs/C"}}, "additionalProperties": False,
+           "$defs": {"C": {"type": "integer", "exclusiveMinimum": 0}}}
+WORDS = " ".join(f"word{at}" for at in range(992))
+THOUGHT = [turn("user", "a"), turn("assistant", "b", thinking="because"), turn("user", "c"), calling(("f", {})),
+           result("r")]
+
+
+def plain_tools(body):
+    text = json.dumps(body["tools"])
+    found = body["tools"][0]["function"]["parameters"]["properties"]
+    return not re.search("pattern|maxLength|additional|defs|ref|Minimum", text) and "items" in found["a"] \
+        and [found["b"]["type"], found["c"]["type"]] == ["string", "integer"]
+
+
+def in_words(body):
+    return "response_format" not in body and "age" in said(body)
+
+
+NAME, BEGUN_WELL = "[A-Za-z0-9_-]{1,64}", "[A-Za-z_][A-Za-z0-9_-]{0,63}"
+OTHERWISE = [
+    # (what is refused, a request, how it must come the second time, a later request and how it must come at once; none
+    #  where the same comes right at once, in whose words)
+    ("a limit", {"messages": [HI], "options": {"num_predict": 100000}},
+     lambda body: body.get("max_tokens") == 8192 and "max_completion_tokens" not in body,
+     ({"messages": [HI], "options": {"num_predict": 50}}, lambda body: body.get("max_tokens") == 50), {
+     "DeepSeek": "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+     "DashScope": "<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 8192]",
+     "OpenAI": "max_tokens is too large: 100000. This model supports at most 8192 completion tokens, whereas you "
+               "provided 100000.",
+     "Azure": "Invalid 'max_tokens': integer above maximum value. Expected a value <= 8192, but got 100000 instead.",
+     "Claude": "max_tokens: 100000 > 8192, which is the maximum allowed number of output tokens for claude-x",
+     "a gateway": "max_tokens (100000) exceeds model's maximum output tokens (8192) for model m",
+     "Ark": "The parameter `max_tokens` specified in the request are not valid: integer above maximum value, expected "
+            "a value <= 8192, but got 100000 instead. Request id: 1",
+     "Groq": "max_tokens must be less than or equal to 8192, the maximum value for max_tokens is less than the "
+             "context_window for this model",
+     "Cohere": "invalid request: max_tokens must be less than or equal to 8192, the maximum output length for this "
+               "model - received 100000."}),
+    ("a temperature", {"messages": [HI], "options": {"temperature": 1.9, "num_predict": 9}},
+     lambda body: 0.9 <= body.get("temperature", 1) <= 1 and body["max_tokens"] == 9,
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "OpenAI": "Invalid 'temperature': decimal above maximum value. Expected a value <= 1, but got 1.9 instead.",
+     "Claude": "temperature: range: 0..1", "DashScope": "Temperature should be in [0.0, 1.0]",
+     "Mistral": (422, {"detail": [{"type": "less_than_equal", "loc": ["body", "temperature"], "input": 1.9,
+                                   "msg": "Input should be less than or equal to 1"}]}),
+     "Zhipu": "temperature must be between 0 and 1"}),
+    ("a pair", {"messages": [HI], "options": {"temperature": 0.5, "top_p": 0.9}},
+     lambda body: len({"temperature", "top_p"} & set(body)) == 1,
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "Claude": "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
+     "Bedrock": "The model returned the following errors: 'temperature' and 'top_p' cannot both be specified for this "
+                "model. Please use only one."}),
+    ("neighbours", {"messages": [SYSTEM, turn("user", "It is cold.", images=[PICTURE]), turn("user", "What helps?")]},
+     lambda body: roles(body) == ["system", "user"], None, {
+     "llama.cpp": (500, {"error": {"code": 500, "type": "server_error", "message":
+                   "\n------------\nWhile executing CallExpression at line 19, column 27 in source:\n... Error: Jinja "
+                   "Exception: Conversation roles must alternate user/assistant/user/assistant/..."}}),
+     "Ministral": (500, {"error": {"message": "Jinja Exception: After the optional system message, conversation roles "
+                   "must alternate user and assistant roles except for tool calls and results."}}),
+     "Perplexity": "After the (optional) system message(s), user or tool message(s) should alternate with assistant "
+                   "message(s).",
+     "DeepSeek": "deepseek-reasoner does not support successive user or assistant messages (messages[1] and "
+                 "messages[2] in your input). You should interleave the user/assistant messages in the message "
+                 "sequence.",
+     "Bedrock": "A conversation must alternate between user and assistant roles. Make sure the conversation "
+                "alternates between user and assistant roles and try again.",
+     "Claude": 'messages: roles must alternate between "user" and "assistant", but found multiple "user" roles in a '
+               'row', "Gemini": "Please ensure that multiturn requests alternate between user and model."}),
+    ("a late system turn", {"messages": [SYSTEM, HI, turn("assistant", "ok"), turn("system", "Mind the gap."), HI]},
+     lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
+     "Qwen": (500, {"error": {"message": "Jinja Exception: System message must be at the beginning."}}),
+     "Mistral": "Unexpected role 'system' after role 'assistant'", "vLLM": "System message must be at the beginning.",
+     "Mistral's template": (500, {"error": {"message": "Jinja Exception: Only user, assistant and tool roles are "
+                            "supported, with the exception of an initial optional system message!"}})}),
+    ("system turns", {"messages": [SYSTEM, HI]}, lambda body: roles(body) == ["user"], None, {
+    "Gemma": (500, {"error": {"message": "Jinja Exception: System role not supported"}}),
+    "Google": "Developer instruction is not enabled for models/gemma-3-27b-it",
+    "o1": "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+    "Claude": 'messages: Unexpected role "system". The Messages API accepts a top-level `system` parameter, not '
+              '"system" as an input message role.', "MiniMax": "invalid params, invalid message role: system (2013)",
+    "a template": "Only user, assistant and tool roles are supported, got system."}),
+    ("an unknown role", {"messages": [turn("control", "thinking"), HI]}, lambda body: roles(body)[1:] == ["user"]
+     and roles(body)[0] in ("system", "user"), None, {
+    "OpenAI": "Invalid value: 'control'. Supported values are: 'system', 'assistant', 'user', 'function', 'tool', and "
+              "'developer'.",
+    "DeepSeek": "Failed to deserialize the JSON body into the target type: messages[0].role: unknown variant "
+                "`control`, expected one of `system`, `user`, `assistant`, `tool` at line 1 column 60",
+    "Ark": "The parameter `messages.role` specified in the request are not valid: invalid value: `control`, supported "
+           "values are [system user assistant tool]", "Kimi": "role 'control' is not a valid role",
+    "DashScope": "control is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.[0].role'",
+    "Mistral": "Input tag 'control' found using 'role' does not match any of the expected tags: 'system', 'user', "
+               "'assistant', 'tool'", "a template": (500, {"error": {"message": "Unexpected message role."}})}),
+    ("empty text", {"messages": [turn("user", "go"), turn("assistant", ""), turn("user", " "), calling(("rm", {})),
+                             result(""), turn("user", "and?")], "tools": [a_tool("rm")]},
+     lambda body: all((message["content"] or "").strip() or message.get("tool_calls") for message in body["messages"])
+     and roles(body)[-3:] == ["assistant", "tool", "user"], None, {
+     "Bedrock": "litellm.BadRequestError: BedrockException - {\"message\":\"The text field in the ContentBlock object "
+                "at messages.2.content.0 is blank. Add text to the text field, and try again.\"}",
+     "Converse": "The content field in the Message object at messages.2 is empty. Add a ContentBlock object to the "
+                 "content field and try again.",
+     "Claude": "messages.2: all messages must have non-empty content except for the optional final assistant message",
+     "Claude's blocks": "messages: text content blocks must be non-empty",
+     "Claude's white space": "messages: text content blocks must contain non-whitespace text",
+     "Moonshot": "Invalid request: the message at position 3 with role 'assistant' must not be empty",
+     "xAI": (400, {"code": "Client specified an invalid argument", "error": "Invalid request content: Each message "
+                   "must have at least one content element."}),
+     "Gemini": [{"error": {"code": 400, "message": "* GenerateContentRequest.contents[1].parts: contents.parts must "
+                                                   "not be empty."}}]}),
+    ("names of tools", {"messages": CALLED, "tools": [a_tool("look.up"), a_tool("look/up"), a_tool("n" * 70)]},
+     lambda body: len(set(names_in(body))) == 3 and all(re.fullmatch(NAME, name) for name in names_in(body)), None, {
+     "OpenAI": (400, {"error": {"param": "tools[0].function.name", "code": "invalid_value", "message":
+                "Invalid 'tools[0].function.name': string does not match pattern. Expected a string that matches the "
+                "pattern '^[a-zA-Z0-9_-]+$'."}}),
+     "OpenAI's length": "Invalid 'tools[2].function.name': string too long. Expected a string with maximum length 64, "
+                        "but got a string with length 70 instead.",
+     "OpenAI's history": "Invalid 'messages[1].tool_calls[0].function.name': string does not match pattern. Expected "
+                         "a string that matches the pattern '^[a-zA-Z0-9_-]+$'.",
+     "Claude": "tools.0.custom.name: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'",
+     "Mistral": "Function name was look.up but must be a-z, A-Z, 0-9, or contain underscores and dashes, with a "
+                "maximum length of 64.",
+     "Moonshot": "Invalid request: function name is invalid, must start with a letter and can contain letters, "
+                 "numbers, underscores, and dashes",
+     "Gemini": "* GenerateContentRequest.tools[0].function_declarations[1].name: Invalid function name. Must start "
+               "with a letter or an underscore. Must be alphameric (a-z, A-Z, 0-9), underscores (_), dots (.) or "
+               "dashes (-), with a maximum length of 64.",
+     "Bedrock": "1 validation error detected: Value 'look.up' at 'toolConfig.tools.1.member.toolSpec.name' failed to "
+                "satisfy constraint: Member must satisfy regular expression pattern: [a-zA-Z0-9_-]+"}),
+    ("names that begin with a digit", {"messages": [HI], "tools": [a_tool("2nd"), a_tool("-x"), a_tool("1.st")]},
+     lambda body: len(set(names_in(body))) == 3
+     and all(re.fullmatch(BEGUN_WELL, name) for name in names_in(body)), None, {
+     "Moonshot": "function name is invalid, must start with a letter and can contain letters, numbers, underscores, "
+                 "and dashes",
+     "Gemini": "* GenerateContentRequest.tools[0].function_declarations[0].name: [FIELD_INVALID] Invalid function "
+               "name. Must start with a letter or an underscore. Must be a-z, A-Z, 0-9, or contain underscores "
+               "(_), dots (.), colons (:), or dashes (-), with a maximum length of 64."}),
+    ("names in a history without tools", {"messages": CALLED},
+     lambda body: re.fullmatch(NAME, names_in(body)[0]), None, {
+     "OpenAI": "Invalid 'messages[1].tool_calls[0].function.name': string does not match pattern. Expected a string "
+               "that matches the pattern '^[a-zA-Z0-9_-]+$'."}),
+    ("ids of calls", {"messages": CALLED}, lambda body: len(ids_in(body)) == 2 and len(set(ids_in(body))) == 1
+     and re.fullmatch(NAME, ids_in(body)[0]), None, {
+     "Claude": '{"type":"error","error":{"type":"invalid_request_error","message":"messages.1.content.0.tool_use.id: '
+               'String should match pattern \'^[a-zA-Z0-9_-]+$\'"}}',
+     "Mistral": "Tool call id was functions.f:0 but must be a-z, A-Z, 0-9, with a length of 9.",
+     "Bedrock": "1 validation error detected: Value 'functions.f:0' at 'messages.2.member.content.1.member.toolUse."
+                "toolUseId' failed to satisfy constraint: Member must satisfy regular expression pattern: "
+                "[a-zA-Z0-9_-]+"}),
+    ("long ids of calls", {"messages": [turn("user", "go"), calling(("f", {}, LONG_ID)),
+                                        result("r", tool_call_id=LONG_ID)]},
+     lambda body: len(set(ids_in(body))) == 1 and len(ids_in(body)[0]) <= 40, None, {
+     "OpenAI": "Invalid 'messages[1].tool_calls[0].id': string too long. Expected a string with maximum length 40, "
+               "but got a string with length 45 instead.",
+     "OpenAI's results": "Invalid 'messages[2].tool_call_id': string too long. Expected a string with maximum length "
+                         "40, but got a string with length 45 instead."}),
+    ("a schema of a tool", {"messages": [HI], "tools": [a_tool("f", **BOUNDED)]}, plain_tools, None, {
+    "Gemini": [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": 'Invalid JSON payload received. '
+                'Unknown name "additionalProperties" at \'tools[0].function_declarations[0].parameters\': Cannot find '
+                'field.'}}],
+    "Gemini's items": "* GenerateContentRequest.tools[0].function_declarations[0].parameters.properties[a].items: "
+                      "missing field.",
+    "Vertex": "Unable to submit request because `f` functionDeclaration `parameters.c` schema didn't specify the "
+              "schema type field.",
+    "OpenAI": "Invalid schema for function 'f': In context=('properties', 'a'), array schema missing items.",
+    "Claude": "tools.0.custom.input_schema: JSON schema is invalid. It must match JSON Schema draft 2020-12",
+    "Moonshot": "Invalid request: tools.function.parameters is not a valid moonshot flavored json schema, details: "
+                "<At path 'properties.a.items': type is not defined>",
+    "llama.cpp": "Failed to initialize samplers: failed to parse grammar",
+    "llama.cpp's templates": "Unable to generate parser for this template. Automatic parser generation failed: JSON "
+                             "schema conversion failed:\nUnrecognized schema: {\"not\":{}}",
+    "llama.cpp's patterns": (500, {"error": {"code": 500, "message": "JSON schema conversion failed:\nPattern must "
+                                   "start with '^' and end with '$'"}}),
+    "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
+    "vLLM's guidance": 'Grammar error: Unimplemented keys: ["propertyNames"]',
+    "Cerebras": "Unsupported JSON schema fields: {'pattern'}"}),
+    ("a schema beside tools", {"messages": [HI], "tools": [a_tool()], "format": FORMAT}, in_words,
+     ({"messages": [HI], "format": FORMAT}, lambda body: "response_format" in body), {
+     "Gemini": [{"error": {"code": 400, "message": "Function calling with a response mime type: 'application/json' is "
+                                                   "unsupported"}}],
+     "Gemini, forced": "Forced function calling (ANY mode) with response mime type: 'application/json' is unsupported",
+     "Groq": "json mode cannot be combined with tool/function calling",
+     "llama.cpp": "Cannot use custom grammar constraints with tools.",
+     "Cerebras": '"tools" is incompatible with "response_format"'}),
+    ("JSON beside tools", {"messages": [HI], "tools": [a_tool()], "format": "json"},
+     lambda body: "response_format" not in body and "JSON" in said(body),
+     ({"messages": [HI], "format": "json"}, lambda body: "response_format" in body), {
+     "Gemini": "Function calling with a response mime type: 'application/json' is unsupported",
+     "Groq": "json mode cannot be combined with tool/function calling",
+     "Cerebras": '"tools" is incompatible with "response_format"'}),
+    ("a schema for answers", {"messages": [HI], "format": {**FORMAT, "type": ["object", "null"]}}, in_words, None, {
+    "OpenAI": (400, {"error": {"param": "response_format", "code": "invalid_json_schema", "message": "Invalid schema "
+               "for response_format 'response': schema must be a JSON Schema of 'type: \"object\"', got 'type: "
+               "\"['object', 'null']\"'."}}),
+    "llama.cpp": (400, {"error": {"message": "JSON schema conversion failed:\nPattern must start with '^' and end with "
+                                             "'$'"}}),
+    "llama.cpp's grammars": (500, {"error": {"code": 500, "message": '"json_schema": JSON schema conversion failed:\n'
+                                                                     'Unbalanced parentheses'}}),
+    "llama.cpp's samplers": "Failed to initialize samplers: failed to parse grammar",
+    "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
+    "DeepSeek": "This response_format type is unavailable now"}),
+    ("streams", {"messages": [HI]}, lambda body: body["stream"] is False and "stream_options" not in body, None, {
+    "OpenAI": (400, {"error": {"param": "stream", "code": "unsupported_value", "message": "Your organization must be "
+               "verified to stream this model. Please go to: https://platform.openai.com/settings/organization/"
+               "general and click on Verify Organization."}}),
+    "o1": (400, {"error": {"param": "stream", "code": "unsupported_value", "message": "Unsupported value: 'stream' "
+                 "does not support true with this model. Supported values are: false"}}),
+    "Bedrock": "This model doesn't support tool use in streaming mode.",
+    "Bedrock's models": "The model is unsupported for streaming",
+    "a gateway": "Streaming is not supported with tools.", "another": "streaming is not supported for this model",
+    "a third": "'stream' is not allowed when using function calling"}),
+    ("whole answers", {"messages": [HI], "stream": False, "think": True, "options": {"num_predict": 5000}},
+     lambda body: body["stream"] is True and body.get("max_tokens") == 5000, None, {
+     "DashScope": "This model only support stream mode, please enable the stream parameter to access the model. ",
+     "DashScope's thinkers": "parameter.enable_thinking must be set to false for non-streaming calls",
+     "ModelScope": "enable thinking can not be support when `stream=False`.",
+     "Fireworks": "Requests with max_tokens > 4096 must have stream=true",
+     "Claude": "Streaming is required for operations that may take longer than 10 minutes.",
+     "Codex": "Stream must be set to true"}),
+    ("an effort beside tools", {"messages": [HI], "tools": [a_tool()], "think": "high"},
+     lambda body: body["reasoning_effort"] == "none",
+     ({"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") == "high"), {
+     "OpenAI": (400, {"error": {"param": "reasoning_effort", "message": "Function tools with reasoning_effort are not "
+                "supported for m in /v1/chat/completions. To use function tools, use /v1/responses or set "
+                "reasoning_effort to 'none'."}})}),
+    ("tools without an effort", {"messages": [HI], "tools": [a_tool()]},
+     lambda body: body["reasoning_effort"] == "none",
+     ({"messages": [HI]}, lambda body: "reasoning_effort" not in body), {
+     "OpenAI": "Function tools with reasoning_effort are not supported for m in /v1/chat/completions. To use function "
+               "tools, use /v1/responses or set reasoning_effort to 'none'."}),
+    ("the greatest effort", {"messages": [HI], "think": "max"}, lambda body: body["reasoning_effort"] == "high", None, {
+    "OpenAI": "Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported values are: "
+              "'low', 'medium', and 'high'.",
+    "Groq": "'reasoning_effort' : value is not one of the allowed values ['none', 'default', 'low', 'medium', "
+            "'high']"}),
+    ("an answer without its reasoning", {"messages": THOUGHT}, lambda body: [
+    message.get("reasoning_content", "").strip() for message in body["messages"] if message["role"] == "assistant"]
+    == ["because", ""] and body["messages"][3]["reasoning_content"], None, {
+     "DeepSeek": "The `reasoning_content` in the thinking mode must be passed back to the API.",
+     "DeepSeek, before": "Missing `reasoning_content` field in the assistant message at message index 1",
+     "Moonshot": "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"}),
+    ("a turn to be continued", {"messages": [HI, turn("assistant", "One")]},
+     lambda body: body["messages"][-1] == {"role": "assistant", "content": "One", "prefix": True}, None, {
+     "Mistral": "Expected last role User or Tool (or Assistant with prefix True) for serving but got assistant"}),
+    ("a turn to be continued by a thinker", {"messages": [HI, turn("assistant", "One")]},
+     lambda body: body["chat_template_kwargs"] == {"enable_thinking": False} and roles(body)[-1] == "assistant",
+     ({"messages": [HI]}, lambda body: "chat_template_kwargs" not in body), {
+     "llama.cpp": "Assistant response prefill is incompatible with enable_thinking."}),
+    ("many texts", {"input": [f"t{at:02}" for at in range(25)]}, lambda body: 1 <= len(body["input"]) <= 10, None, {
+    "DashScope": "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be "
+                 "larger than 10.: input.contents",
+    "SiliconFlow": (413, {"code": 20042, "message": "input batch size 25 > maximum allowed batch size 10"}),
+    "TEI": (422, {"error": "batch size 25 > maximum allowed batch size 10", "error_type": "Validation"}),
+    "Gemini": [{"error": {"code": 400, "message": "* BatchEmbedContentsRequest.requests: at most 10 requests can be in "
+                                                  "one batch\n"}}],
+    "Cohere": "invalid request: total number of texts must be at most 10 - received 25",
+    "Azure": "Too many inputs. The max number of inputs is 10.  We hope to increase the number of inputs per request "
+             "soon.",
+    "OpenAI": "Invalid 'input': array too long. Expected an array with maximum length 10, but got an array with length "
+              "25 instead.", "Voyage": "The batch size limit is 10. Your batch size is 25.",
+    "a limit of one": "Too many inputs for model None. The max number of inputs is 1.",
+    "a gateway": (413, {"error": {"message": "at most 10 inputs are allowed in one request"}})}),
+    ("a long text", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short" and len(body["input"]) == 2
+     and WORDS.startswith(body["input"][1]) and 200 < len(body["input"][1].split()) < 512,
+     ({"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
+     "llama.cpp": (500, {"error": {"code": 500, "message": "input (992 tokens) is too large to process. increase the "
+                         "physical batch size (current batch size: 512)"}}),
+     "llama.cpp's context": (400, {"error": {"message": "request (992 tokens) exceeds the available context size (512 "
+                                                        "tokens), try increasing it", "n_ctx": 512}}),
+     "an older one": (500, {"error": {"message": "input (992 tokens) is larger than the max context size (512 tokens). "
+                                                 "skipping"}}),
+     "OpenAI": "This model's maximum context length is 512 tokens, however you requested 992 tokens (992 in your "
+               "prompt; 0 for the completion). Please reduce your prompt; or completion length.",
+     "vLLM": "This model's maximum context length is 512 tokens. However, you requested 992 tokens in the input for "
+             "embedding generation. Please reduce the length of the input.",
+     "TEI": (413, {"error": "Input validation error: `inputs` must have less than 512 tokens. Given: 992",
+                   "error_type": "Validation"}),
+     "SGLang": "The input (992 tokens) is longer than the model's context length (512 tokens).",
+     "NVIDIA": (400, {"error": "Input length 992 exceeds maximum allowed token size 512"})}),
+    ("a text of unknown length", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short"
+     and WORDS.startswith(body["input"][1]) and 0 < len(body["input"][1]) < len(WORDS), (
+     {"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
+     "SiliconFlow": (413, {"code": 20042, "message": "input must have less than 512 tokens", "data": None}),
+     "an Ollama": "the input length exceeds the context length",
+     "DashScope": "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 2048]"}),
+]
+WORDINGS = [(*row[:4], text) for row in OTHERWISE for text in row[4].values()]
+
+
+@cases("name, request_, fits, later, text", WORDINGS,
+       ids=[f"{row[0]}: {who}" for row in OTHERWISE for who in row[4]])
+def test_a_refusal_is_understood_in_every_servers_words_and_learned_from_once(
+        start, target, name, request_, fits, later, text):
+    path = "/v1/embeddings" if "input" in request_ else "/v1/chat/completions"
+    target.answers[path] = reluctant(text)
+    proxy = start("--target-api", "openai")
+    answered(proxy, request_)
+    first, second = [request.json for request in target.calls(path)[:2]]
+    assert fits(second), second
+    for message in request_.get("messages", ()):            # nothing that the model reads is lost
+        assert message.get("content", "").strip() in said(second)
+    assert len(second.get("tools", ())) == len(request_.get("tools", ()))
+    assert json.dumps(second).count(PICTURE) == json.dumps(request_).count(PICTURE)
+    asked = len(target.calls(path))
+    if later is not None:                                   # what was not proved is not remembered
+        again, right = later
+        answered(proxy, again)
+        assert len(target.calls(path)) == asked + 1 and right(target.calls(path)[-1].json), target.calls(path)[-1].json
+        return
+    answered(proxy, request_)
+    assert target.calls(path)[asked].json == second
+    if "messages" in request_:
+        answered(proxy, {"messages": [turn("user", "plain")], **({} if first["stream"] else {"stream": False})})
+        plain = target.calls(path)[-1].json
+        assert plain["messages"] == [{"role": "user", "content": "plain"}] and len(target.calls(path)) == asked + 2
+    assert len(lessons_in(proxy)) == 1 and lessons_in(proxy)[0].startswith("m: "), proxy.errors
 
 
 def test_x13_context_overflow_is_tried_once_without_a_limit(start, target):
