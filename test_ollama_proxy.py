@@ -3095,6 +3095,354 @@ def test_a_refusal_is_understood_in_every_servers_words_and_learned_from_once(
     assert len(lessons_in(proxy)) == 1 and lessons_in(proxy)[0].startswith("m: "), proxy.errors
 
 
+FULL = {"messages": [SYSTEM, turn("user", "look", images=[PICTURE]), turn("user", ""), *CALLED[1:], HI],
+        "tools": [a_tool("look.up")], "format": FORMAT, "options": {"num_predict": 100000, "temperature": 0.5}}
+ELSEWHERE = [   # refusals that are about something else: nothing that the model reads may change
+    (400, "At most 1 image(s) may be provided in one prompt."),
+    (400, "Too many images provided. This model supports up to 5 images"),
+    (400, "messages.0.content.1.image.source.base64.data: At least one of the image dimensions exceed max allowed "
+          "size: 8000 pixels"),
+    (413, "Request too large for model `m` in organization `org_x` service tier `on_demand` on tokens per minute "
+          "(TPM): Limit 8000, Requested 8590, please reduce your message size and try again."),
+    (400, "The input token count (1500000) exceeds the maximum number of tokens allowed (1048576)."),
+    (400, "Request payload size exceeds the limit: 20971520 bytes."),
+    (429, "Rate limit reached for m: at most 10 requests per minute"),
+    (400, "prompt is too long: 205000 tokens > 200000 maximum"),
+    (400, "A maximum of 4 blocks with cache_control may be provided. Found 5."),
+    (400, "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length "
+          "200 instead."),
+    (400, "Invalid 'messages[0].content': string too long. Expected a string with maximum length 1048576, but got a "
+          "string with length 1200000 instead."),
+    (400, "Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024, but "
+          "got a string with length 1100 instead."),
+    (400, "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+          "The following tool_call_ids did not have response messages: call_1"),
+    (400, "Invalid parameter: 'tool_call_id' of 'call_1' not found in 'tool_calls' of previous message."),
+    (400, "messages.1.content.0: unexpected `tool_use_id` found in `tool_result` blocks: toolu_01. Each `tool_result` "
+          "block must have a corresponding `tool_use` block in the previous message."),
+    (400, "Function call is missing a thought_signature in functionCall parts. This is required for tools to work "
+          "correctly"),
+    (400, "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."),
+    (400, "This model does not support tools."), (400, "This model does not support function calling."),
+    (400, "This model does not support assistant message prefill. The conversation must end with a user message."),
+    (400, "Your credit balance is too low to access the API. Please go to Plans & Billing to upgrade."),
+    (400, "Invalid model name passed in model=m. Call `/v1/models` to view available models for your key."),
+    (401, "Incorrect API key provided"), (403, "Your organization must be verified to use the model `m`."),
+    (402, "This request requires more credits, or fewer max_tokens. You requested up to 100000 tokens, but can only "
+          "afford 900."),
+    (500, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB"),
+    (500, "Internal Server Error"), (500, "Failed to load model"), (503, "Service temporarily overloaded"),
+    (500, "KeyError: 'messages'"), (502, "Bad gateway")]
+
+
+@cases("status, text", ELSEWHERE)
+def test_a_refusal_about_something_else_changes_nothing_that_the_model_reads(start, target, status, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, status)
+    answer = start("--target-api", "openai").post("/api/chat", {"model": "m", **FULL})
+    assert answer.status >= 400 and text in json.loads(answer.data)["error"]
+    first, *others = [request.json for request in target.calls("/v1/chat/completions")]
+    for other in others:
+        assert [other.get(key) for key in ("messages", "tools", "response_format", "temperature", "stream")] == \
+            [first.get(key) for key in ("messages", "tools", "response_format", "temperature", "stream")]
+        assert other.get("max_tokens", other.get("max_completion_tokens", 100000)) == 100000
+    assert len(others) <= 1
+
+
+ELSEWHERE_THAN_TEXTS = [
+    (400, "The max allowed tokens per submitted batch is 120000. Your batch has 121138 tokens after truncation. Please "
+          "lower the number of tokens in the batch."),
+    (400, "Requested 400000 tokens, max 300000 tokens per request"), (400, "The model `m` does not support embeddings"),
+    (400, "This model does not support specifying dimensions."),
+    (429, "Too many requests: at most 3 requests per second"),
+    (400, "Invalid value for 'dimensions' = 5000. Must be less than or equal to 3072."), (500, "Internal Server Error"),
+    (500, "ggml_backend_alloc_ctx_tensors_from_buft: failed to allocate buffer: out of memory"),
+    (501, "This server does not support embeddings. Start it with `--embeddings`")]
+
+
+@cases("status, text", ELSEWHERE_THAN_TEXTS)
+def test_texts_are_not_cut_for_another_reason(start, target, status, text):
+    target.answers["/v1/embeddings"] = http_answer({"error": {"message": text}}, status)
+    body = {"model": "m", "dimensions": 5000, "input": ["a", WORDS]}
+    answer = start("--target-api", "openai").post("/api/embed", body)
+    assert answer.status >= 400 and text in json.loads(answer.data)["error"]
+    assert {item for request in target.calls("/v1/embeddings") for item in request.json["input"]} <= {"a", WORDS}
+
+
+@cases("status, text, request_", [
+    (400, "Conversation roles must alternate user/assistant/user/assistant/...", {"messages": [HI]}),
+    (500, "System message must be at the beginning.", {"messages": [SYSTEM, HI]}),
+    (400, "System role not supported", {"messages": [HI]}), (400, "Unknown role: user", {"messages": [HI]}),
+    (400, "messages: text content blocks must be non-empty", {"messages": [HI]}),
+    (400, "Invalid 'tools[0].function.name': string does not match pattern.", {"messages": [HI], "tools": [a_tool()]}),
+    (400, "messages.1.content.0.tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'", {"messages": [HI]}),
+    (400, "Expected last role User or Tool (or Assistant with prefix True)", {"messages": [HI]}),
+    (400, "Unexpected role 'user' after role 'tool'", {"messages": [HI]}),
+    (400, "failed to parse grammar", {"messages": [HI], "tools": [a_tool()]}),
+    (400, "Streaming is not supported", {"messages": [HI], "stream": False}),
+    (400, "batch size is invalid, it should not be larger than 10", {"input": ["a", "b"]}),
+    (400, "input is too large to process", {"input": [""]})], ids=lambda value: str(value)[:40])
+def test_a_request_is_not_sent_again_as_it_was(start, target, status, text, request_):
+    path = "/v1/embeddings" if "input" in request_ else "/v1/chat/completions"
+    target.answers[path] = http_answer({"error": {"message": text}}, status)
+    face = "/api/embed" if "input" in request_ else "/api/chat"
+    answer = start("--target-api", "openai").post(face, {"model": "m", **request_})
+    assert answer.status == status and json.loads(answer.data) == {"error": text}
+    assert len(target.calls(path)) == 1
+
+
+def test_a_bound_is_the_whole_number_that_is_written(start, target):
+    target.answers["/v1/chat/completions"] = reluctant("max_tokens: this model supports at most 8,192 completion tokens")
+    answered(start("--target-api", "openai"), {"messages": [HI], "options": {"num_predict": 100000}})
+    assert target.calls("/v1/chat/completions")[-1].json.get("max_tokens", 8192) == 8192
+
+
+def test_two_lessons_of_one_request_are_logged_once_each(start, target):
+    target.answers["/v1/chat/completions"] = reluctant(
+        "System role not supported", "Unsupported parameter: 'temperature' is not supported with this model.")
+    proxy = start("--target-api", "openai")
+    for _ in range(3):
+        answered(proxy, {"messages": [SYSTEM, HI], "options": {"temperature": 0.5}})
+    assert len(target.calls("/v1/chat/completions")) == 5
+    first, second = lessons_in(proxy)
+    assert first.startswith("m: ") and "system" in first and "temperature" in second
+
+
+def test_a_lesson_is_one_models_and_one_endpoints(start, target):
+    target.answers["/v1/chat/completions"] = reluctant("System role not supported")
+    target.answers["/v1/completions"] = http_answer({"choices": [{"text": "x", "finish_reason": "stop"}]})
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [SYSTEM, HI]})
+    proxy.post("/api/chat", {"model": "qwen3:8b", "stream": False, "messages": [SYSTEM, HI]})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["system", "user"]
+    proxy.post("/api/generate", {"model": "m", "stream": False, "system": "Be brief.", "prompt": "hi"})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["user"]
+    proxy.post("/v1/chat/completions", {"model": "m", "messages": [SYSTEM, HI]})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["system", "user"]       # relayed as it is
+
+
+def test_a_guess_is_forgotten_though_every_refusal_has_a_number_of_its_own(start, target):
+    seen = []
+
+    def script(talk):
+        body, talk.released = talk.request.json, True
+        seen.append(body)
+        text = f"temperature is fine but min_p is not supported. Request id: {len(seen)}"
+        talk.send(http_answer({"error": {"message": text}}, 400) if "min_p" in body else fitting(talk.request))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [HI], "options": {"temperature": 0.2, "min_p": 0.1}})
+    answered(proxy, {"messages": [HI], "options": {"temperature": 0.2}})
+    assert seen[-1].get("temperature") == 0.2
+
+
+@cases("face", ["/api/chat", "/api/generate"])
+def test_the_client_is_told_what_the_most_healed_request_was_refused_for(start, target, face):
+    target.answers["/v1/chat/completions"] = [
+        http_answer({"error": {"message": "`reasoning_effort` is not supported with this model"}}, 400),
+        http_answer({"error": {"message": "Your credit balance is too low"}}, 402)]
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "think": "high", **({"prompt": "hi"} if face == "/api/generate" else {"messages": [HI]})}
+    answer = proxy.post(face, body)
+    assert answer.status == 402 and json.loads(answer.data) == {"error": "Your credit balance is too low"}
+    assert "reasoning_effort" not in target.calls("/v1/chat/completions")[1].json and not lessons_in(proxy)
+
+
+def test_tools_get_names_that_a_target_takes_and_their_own_ones_back(start, target):
+    shown = []
+
+    def script(talk):
+        talk.released = True
+        names = names_in(talk.request.json)
+        if not all(re.fullmatch(NAME, name) for name in names):
+            text = "Invalid 'tools[0].function.name': string does not match pattern. Expected '^[a-zA-Z0-9_-]+$'."
+            return talk.send(http_answer({"error": {"message": text}}, 400))
+        shown.append(names)
+        calls = [part(name, "{}", index=at, id=f"call_{at}") for at, name in enumerate(names[:4])]
+        talk.send(http_stream(sse(call_delta(*calls), TOOLS_END)) if talk.request.json["stream"] else http_answer(
+            {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}]}))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    names = ["a.b", "a/b", "a_b", "n" * 70]
+    asked = {"model": "m", "tools": list(map(a_tool, names)), "messages": [turn("user", "go")]}
+    for stream in (True, False, True):
+        answer = proxy.post("/api/chat", {**asked, "stream": stream})
+        turns = [json.loads(line)["message"] for line in answer.data.splitlines()]
+        calls = [call for message in turns for call in message.get("tool_calls", ())]
+        assert [call["function"]["name"] for call in calls] == names
+        asked["messages"] += [turn("assistant", "", tool_calls=calls)] + [
+            result("r", tool_name=name) for name in names]
+    assert len(target.calls("/v1/chat/completions")) == 4           # one refusal, one lesson
+    assert shown[-1][:4] == shown[-1][4:8] == shown[-1][8:12] and len(set(shown[-1])) == 4 and "a_b" in shown[-1]
+    assert len(lessons_in(proxy)) == 1
+
+
+@cases("face", ["/api/chat", "/api/generate"])
+@cases("stream", [True, False])
+@cases("refusal, mode", [("Streaming is not supported for this model", False),
+                         ("This model only support stream mode, please enable the stream parameter", True)],
+       ids=["never", "always"])
+def test_a_client_gets_the_form_it_asked_for_from_a_target_that_has_one(start, target, face, stream, refusal, mode):
+    def script(talk):
+        talk.released = True
+        talk.send(http_answer({"error": {"message": refusal}}, 400) if talk.request.json["stream"] is not mode
+                  else fitting(talk.request))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "stream": stream, **({"prompt": "hi"} if face == "/api/generate" else {"messages": [HI]})}
+    for count in (1 + (stream is not mode), 2 + (stream is not mode)):
+        answer = proxy.post(face, body)
+        values = [json.loads(line) for line in answer.data.splitlines()]
+        assert answer.headers["Content-Type"].startswith("application/x-ndjson" if stream else "application/json")
+        assert "".join(value.get("response", value.get("message", {}).get("content")) for value in values) == "Hello"
+        assert values[-1]["done"] is True and values[-1]["eval_count"] == 2 and len(values) > 1 or not stream
+        assert len(target.calls("/v1/chat/completions")) == count
+    assert ("stream_options" in target.calls("/v1/chat/completions")[-1].json) is mode
+
+
+@cases("text, words", [
+    ("No endpoints found that support tool use. To learn more about provider routing, visit: https://x", "tools"),
+    ("No endpoints found that support image input", "images"), ("Tool use is not supported by this model", "tools"),
+    ("No endpoints found that support the provided 'tool_choice' value. To learn more, visit: https://x", "tool")])
+def test_a_404_that_is_about_tools_or_pictures_is_a_400_for_ollama_clients_alone(start, target, text, words):
+    body = {"error": {"message": text, "code": 404}}
+    target.answers["/v1/chat/completions"] = http_answer(body, 404)
+    proxy = start("--target-api", "openai")
+    request = {"model": "m", "messages": [turn("user", "hi", images=[PICTURE])], "tools": [a_tool()]}
+    answer = proxy.post("/api/chat", request)
+    told = json.loads(answer.data)["error"]
+    assert answer.status == 400 and text in told and words in told.replace(text, "")
+    assert all("tools" in sent.json and PICTURE in sent.data.decode() for sent in target.calls("/v1/chat/completions"))
+    answer = proxy.post("/v1/chat/completions", {**request, "messages": [HI]})
+    assert answer.status == 404 and json.loads(answer.data) == body
+
+
+@cases("text", ["The model `m` does not exist or you do not have access to it.", "Model m not found",
+                "No endpoints found for m."])
+def test_a_404_about_the_model_stays_one(start, target, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, 404)
+    answer = start("--target-api", "openai").post("/api/chat", {"model": "m", "messages": [HI], "tools": [a_tool()]})
+    assert answer.status == 404 and json.loads(answer.data) == {"error": text}
+
+
+# -- texts to embed
+
+
+def meter(most=10 ** 9, longest=10 ** 9):
+    """A target that takes so many texts in one request, of so many words; a vector tells which text it is of."""
+    def script(talk):
+        talk.released = True
+        texts = talk.request.json["input"]
+        count = max((len(text.split()) for text in texts), default=0)
+        if len(texts) > most:
+            return talk.send(http_answer({"error": {"message": f"at most {most} inputs are allowed"}}, 413))
+        if count > longest:
+            text = f"input ({count} tokens) is too large to process. increase the physical batch size (current batch " \
+                   f"size: {longest})"
+            return talk.send(http_answer({"error": {"message": text}}, 500))
+        talk.send(http_answer({"data": [{"index": at, "embedding": [float(text.split()[0][1:]), 0.5]}
+                                        for at, text in reversed(list(enumerate(texts)))],
+                               "usage": {"prompt_tokens": len(texts) * 3, "total_tokens": len(texts) * 3}}))
+    return script
+
+
+@cases("count", [9, 10, 11, 20, 25])
+@cases("truncate", [None, True, False])
+def test_texts_in_portions_keep_their_order_and_counts_add_up(start, target, count, truncate):
+    target.answers["/v1/embeddings"] = meter(most=10)
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "input": [f"t{at}" for at in range(count)], "truncate": truncate}
+    portions = -(-count // 10)
+    for asked in (portions + (count > 10), 2 * portions + (count > 10)):        # refused once, then right at once
+        answer = json.loads(proxy.post("/api/embed", body).data)
+        assert [vector[0] for vector in answer["embeddings"]] == list(range(count))
+        assert answer["prompt_eval_count"] == 3 * count and len(target.calls("/v1/embeddings")) == asked
+    assert len(lessons_in(proxy)) == (count > 10)
+
+
+def test_portions_whose_vectors_are_missing_are_an_error(start, target):
+    def script(talk):
+        talk.released = True
+        texts = talk.request.json["input"]
+        error = {"error": {"message": "batch size is invalid, it should not be larger than 10.: input.contents"}}
+        vectors = [{"index": at, "embedding": [1.0]} for at in range(min(len(texts), 9))]
+        talk.send(http_answer(error, 400) if len(texts) > 10 else http_answer({"data": vectors}))
+
+    target.answers["/v1/embeddings"] = script
+    answer = start("--target-api", "openai").post("/api/embed", {"model": "m", "input": ["x"] * 25})
+    assert answer.status == 502 and "9 embeddings for 10 inputs" in json.loads(answer.data)["error"]
+
+
+@cases("path", ["/api/embed", "/api/embeddings"])
+def test_a_text_is_cut_as_often_as_it_takes_from_its_end(start, target, path):
+    """The beginning of the text has shorter words than the rest, so that the first cut is not deep enough."""
+    target.answers["/v1/embeddings"] = meter(longest=100)
+    text = "t7 " + "a " * 150 + "longer_words_than_these " * 150
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "prompt": text} if path == "/api/embeddings" else {"model": "m", "input": ["t1", text, "t3"]}
+    answer = proxy.post(path, body)
+    assert answer.status == 200, answer.data
+    sent = target.calls("/v1/embeddings")[-1].json["input"]
+    cut = sent[0 if path == "/api/embeddings" else 1]
+    assert text.startswith(cut) and 30 < len(cut.split()) <= 100
+    assert path == "/api/embeddings" or (sent[0], sent[2]) == ("t1", "t3")
+    assert not lessons_in(proxy)
+
+
+def test_texts_are_cut_inside_portions(start, target):
+    target.answers["/v1/embeddings"] = meter(most=10, longest=100)
+    texts = [f"t{at} " + "word " * (300 if at == 17 else 3) for at in range(25)]
+    answer = json.loads(start("--target-api", "openai").post("/api/embed", {"model": "m", "input": texts}).data)
+    assert [vector[0] for vector in answer["embeddings"]] == list(range(25)) and answer["prompt_eval_count"] == 75
+
+
+@cases("path, body", [("/api/embed", {"input": ["t1", "t2 " + WORDS]}), ("/api/embed", {"input": "t2 " + WORDS})])
+def test_truncate_false_is_never_cut(start, target, path, body):
+    target.answers["/v1/embeddings"] = meter(longest=512)
+    answer = start("--target-api", "openai").post(path, {"model": "m", "truncate": False, **body})
+    assert answer.status >= 400 and "too large to process" in json.loads(answer.data)["error"]
+    assert all("t2 " + WORDS in request.json["input"] for request in target.calls("/v1/embeddings"))
+
+
+# -- the middle of a text
+
+INFILL = {"/props": {"default_generation_settings": {"n_ctx": 8192}, "total_slots": 1},
+          "/v1/models": {"object": "list", "data": [{"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 8192}}]}}
+FILL = {"model": "m", "prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))"}
+
+
+@cases("stream", [True, False])
+@cases("stop_type, reason", [("eos", "stop"), ("limit", "length"), ("word", "stop")])
+def test_the_middle_of_a_text_is_filled_where_llama_cpp_fills_it(start, target, stream, stop_type, reason):
+    target.answers.update((path, http_answer(value)) for path, value in INFILL.items())
+    last = {"index": 0, "stop": True, "stop_type": stop_type, "tokens_predicted": 3, "tokens_evaluated": 9}
+    streamed = sse({"index": 0, "content": "a +", "stop": False}, {"index": 0, "content": " b", "stop": False},
+                   {**last, "content": ""}, done=False)
+    target.answers["/infill"] = http_stream(streamed) if stream else http_answer({**last, "content": "a + b"})
+    proxy = start("--target-api", "openai")
+    proxy.get("/api/tags")
+    answer = proxy.post("/api/generate", {**FILL, "stream": stream, "options": {"num_predict": 16, "temperature": 0.5}})
+    values = [json.loads(line) for line in answer.data.splitlines()]
+    assert "".join(value["response"] for value in values) == "a + b" and values[-1]["done_reason"] == reason
+    assert (values[-1]["prompt_eval_count"], values[-1]["eval_count"]) == (9, 3)
+    sent = target.calls("/infill")[0].json
+    assert (sent["input_prefix"], sent["input_suffix"]) == (FILL["prompt"], FILL["suffix"])
+    assert sent["n_predict"] == 16 and sent["temperature"] == 0.5 and sent["stream"] is stream
+    assert not target.calls("/v1/completions")
+
+
+def test_other_targets_get_a_suffix_and_one_that_takes_none_is_an_honest_error(start, target):
+    target.answers["/v1/completions"] = [http_answer({"choices": [{"text": "a + b", "finish_reason": "stop"}]}),
+                                         http_answer({"error": {"message": "Unsupported param: suffix"}}, 400)]
+    proxy = start("--target-api", "openai")
+    assert json.loads(proxy.post("/api/generate", {**FILL, "stream": False}).data)["response"] == "a + b"
+    answer = proxy.post("/api/generate", {**FILL, "stream": False})
+    assert answer.status == 400 and "suffix" in json.loads(answer.data)["error"]
+    assert all(request.json["suffix"] == FILL["suffix"] for request in target.calls("/v1/completions"))
+
+
 def test_x13_context_overflow_is_tried_once_without_a_limit(start, target):
     overflow = http_answer({"error": {"message": "This model's maximum context length is 100 tokens"}}, 400)
     target.answers["/v1/chat/completions"] = [overflow, http_stream(HELLO)]
