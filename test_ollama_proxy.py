@@ -1975,8 +1975,18 @@ def proxy(start, target):
     return start("--target-api", "openai")
 
 
+def turn(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def a_tool(name="look_up", **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"q": {"type": "string"}}, **parameters}}}
+
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 GENERATE = {"model": "m", "prompt": "hi"}
+HI, SYSTEM, PICTURE = turn("user", "hi"), turn("system", "Be brief."), "iVBORw0KGgo="
 
 
 # ----------------------------------------------------------------------------
@@ -2593,6 +2603,313 @@ def test_the_length_that_head_tells_is_the_targets(start, target):
     assert proxy.get("/v1/models") == LIST
 
 
+ZSTD = b"\x28\xb5\x2f\xfd\x20\x1d\xe9\x00\x00" + b'{"model":"m","input":"hello"}'      # one raw block
+OPAQUE = [      # path, media type, body: what holds no name that we could read
+    ("/v1/realtime/calls?model=m:latest", "application/sdp", b"v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\n"),
+    ("/v1/audio/speech", "application/octet-stream", b"\x00\x01\xff{\"model\":\"m:latest\"}"),
+    ("/v1/files/f/content", "text/csv", b'model,"m:latest"\n1,2\n'),
+    ("/v1/x", "application/xml", b'<model>"m:latest"</model>'),
+    ("/v1/x", "image/png", b"\x89PNG\r\n\x1a\n"), ("/v1/x", "text/plain", b"model: m:latest"),
+    ("/v1/x", "text/event-stream", b'data: {"model":"m:latest"}\n\n'), ("/v1/x", "", b"\xff\xfe\x00"),
+    ("/v1/x", "", b"just text"),
+    ("/v1/x", "application/x-www-form-urlencoded", b"model=m%3Alatest&a=1"),
+    ("/v1/x", "application/x-ndjson", b'{"a":1}\n{"model":"m:latest"}\n'),
+    ("/v1/x", "application/jsonl", b'{"model":"m:latest"}\n{"model":"m:latest"}\n'),
+    ("/v1/files", "multipart/form-data; boundary=b",
+     b"--b\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n{}\r\n--b--\r\n")]
+
+
+@cases("path, media_type, body", OPAQUE, ids=[f"{row[1]} {row[2][:9]}" for row in OPAQUE])
+def test_what_is_no_json_is_relayed_as_it_is(proxy, target, path, media_type, body):
+    target.answers[path.partition("?")[0]] = http_answer(b"v=0\r\n", 201, "application/sdp", "Location: /v1/calls/1")
+    for method in ("POST", "PUT", "PATCH"):
+        answer = proxy.call(method, path, body, {"Content-Type": media_type} if media_type else {})
+        assert (answer.status, answer.data, answer.headers["Location"]) == (201, b"v=0\r\n", "/v1/calls/1")
+        sent = target.received[-1]
+        assert (sent.method, sent.path, sent.data) == (method, path, body)
+        assert sent.headers.get("content-type", "") == media_type
+
+
+@cases("path, media_type, body", OPAQUE, ids=[f"{row[1]} {row[2][:9]}" for row in OPAQUE])
+def test_what_cannot_be_read_does_not_pass_a_filter(start, target, path, media_type, body):
+    Path("models-filter.txt").write_text("other\n")
+    proxy = start("--target-api", "openai")
+    for method in ("POST", "PUT", "PATCH"):
+        answer = proxy.call(method, path, body, {"Content-Type": media_type} if media_type else {})
+        assert answer.status in (400, 404, 415) and set(json.loads(answer.data)["error"]) == {
+            "message", "type", "param", "code"}
+    assert not [request for request in target.received if request.method != "GET"]
+
+
+@cases("media_type", ["application/json", "application/json; charset=utf-8", "application/vnd.api+json",
+                      "APPLICATION/JSON", "", "text/plain", "application/x-www-form-urlencoded"])
+def test_what_says_it_is_json_or_looks_like_it_has_its_name_resolved(proxy, target, media_type):
+    target.answers["/v1/responses"] = http_answer({"id": "resp_1"})
+    headers = {"Content-Type": media_type} if media_type else {}
+    assert proxy.post("/v1/responses", b' {"model": "m:latest", "input": "x"}', headers).status == 200
+    assert target.received[-1].data == b' {"model": "m", "input": "x"}'
+
+
+def test_what_says_it_is_json_and_is_none_is_a_400(proxy, target):
+    for body in (b"{broken", b"[1, 2]", b'"m"'):
+        answer = proxy.post("/v1/responses", body, {"Content-Type": "application/json"})
+        assert answer.status == 400 and json.loads(answer.data)["error"]["type"] == "invalid_request_error"
+    assert not target.calls("/v1/responses")
+
+
+@cases("coding, packed", [("zstd", ZSTD), ("br", b"\x0b\x02\x80abc\x03"), ("compress", b"\x1f\x9d\x90"),
+                          ("gzip, zstd", ZSTD), ("aes128gcm", b"\x00" * 30)], ids=lambda value: str(value)[:12])
+def test_what_is_compressed_as_we_cannot_read_passes_unless_a_filter_must_see_it(start, target, coding, packed):
+    target.answers.update({path: http_answer({"id": "resp_1"}) for path in ("/v1/responses", "/v1/chat/completions")})
+    headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    assert start("--target-api", "openai").post("/v1/responses", packed, headers).status == 200
+    sent = target.calls("/v1/responses")[0]
+    plain = sent.data == ZSTD[9:] and "content-encoding" not in sent.headers     # where Python can unpack it
+    assert plain or (sent.data, sent.headers["content-encoding"], sent.headers["content-type"]) == (
+        packed, coding, "application/json")
+    Path("models-filter.txt").write_text("other\n")
+    filtered = start("--target-api", "openai")
+    for path in ("/v1/responses", "/v1/chat/completions"):
+        assert filtered.post(path, packed, headers).status in (404, 415)
+    assert len(target.calls("/v1/responses")) == 1 and not target.calls("/v1/chat/completions")
+
+
+def a_form(*fields, boundary="XyZ"):
+    """multipart/form-data; a field is a name, its content and whatever else its head says."""
+    parts = b""
+    for name, content, *more in fields:
+        head = "\r\n".join([f'Content-Disposition: form-data; name="{name}"' + "".join(more[:1]), *more[1:]])
+        parts += b"--%b\r\n%b\r\n\r\n%b\r\n" % (boundary.encode(), head.encode(), content)
+    return parts + b"--%b--\r\n" % boundary.encode()
+
+
+AUDIO = b"RIFF\x00\x01\r\n--Xy\x00\xff" * 50
+FILE = ("file", AUDIO, '; filename="a.wav"', "Content-Type: audio/wav")
+FORMS = [       # the fields, in which {} is the name of the model
+    ("model first", [("model", b"{}"), FILE]), ("model last", [FILE, ("language", b"en"), ("model", b"{}")]),
+    ("a type of its own", [("model", b"{}", "", "Content-Type: text/plain"), FILE]),
+    ("a file of that name", [("file", b"m:latest", '; filename="model"'), ("model", b"{}")]),
+    ("a prompt about models", [("prompt", b'say name="model"\r\n\r\nm:latest\r\n'), ("model", b"{}")]),
+    ("a file about models", [("file", a_form(("model", b"m:latest"), boundary="x"), '; filename="a"'),
+                             ("model", b"{}")])]
+
+
+@cases("path", ["/v1/audio/transcriptions", "/v1/images/edits"])
+@cases("name, fields", FORMS, ids=[row[0] for row in FORMS])
+def test_names_in_forms_are_resolved_and_all_other_bytes_stay(start, target, path, name, fields):
+    target.answers[path] = http_answer({"text": "hello"})
+    proxy = start("--target-api", "openai", "--alias", "whisper-1=vendor/big:free")
+    headers = {"Content-Type": 'multipart/form-data; boundary="XyZ"'}
+    for given, wanted in (("whisper-1", "vendor/big:free"), ("m:latest", "m"), ("m", "m"), ("nowhere", "nowhere")):
+        body, right = (a_form(*[(field[0], field[1].replace(b"{}", model.encode()), *field[2:]) for field in fields])
+                       for model in (given, wanted))
+        assert proxy.post(path, body, headers).status == 200
+        assert target.calls(path)[-1].data == right, given
+
+
+@cases("name, fields", FORMS, ids=[row[0] for row in FORMS])
+def test_a_form_cannot_smuggle_a_hidden_name_past_a_filter(start, target, name, fields):
+    Path("models-filter.txt").write_text("m\n")
+    target.answers["/v1/audio/transcriptions"] = http_answer({"text": "hello"})
+    proxy = start("--target-api", "openai")
+    for model, status in ((b"qwen3:8b", 404), (b"m", 200)):
+        body = a_form(*[(field[0], field[1].replace(b"{}", model), *field[2:]) for field in fields])
+        headers = {"Content-Type": "multipart/form-data; boundary=XyZ"}
+        assert proxy.post("/v1/audio/transcriptions", body, headers).status == status
+    assert len(target.calls("/v1/audio/transcriptions")) == 1
+
+
+@cases("second", ['name="model"', "name=model", 'name="model"; filename="x"', 'NAME="model"'])
+def test_a_second_name_in_a_form_does_not_pass_a_filter(start, target, second):
+    Path("models-filter.txt").write_text("m\n")
+    target.answers["/v1/audio/transcriptions"] = http_answer({"text": "hello"})
+    form = a_form(("model", b"m"), FILE, ("other", b"qwen3:8b")).replace(b'name="other"', second.encode())
+    headers = {"Content-Type": "multipart/form-data; boundary=XyZ"}
+    proxy = start("--target-api", "openai")
+    assert proxy.post("/v1/audio/transcriptions", form, headers).status in (400, 404)
+    assert not target.calls("/v1/audio/transcriptions")
+
+
+@cases("path", ["/v1/models/m/endpoints", "/v1/models/vendor/big:free/endpoints", "/v1/models/not-listed",
+                "/v1/models/not/listed/at-all", "/v1/models/m/versions/2?a=b"])
+def test_what_stands_below_models_is_the_targets_affair(start, target, path):
+    target.answers[path.partition("?")[0]] = http_answer({"data": {"endpoints": [1]}})
+    proxy = start("--target-api", "openai")
+    assert proxy.get(path) == {"data": {"endpoints": [1]}} and target.received[-1].path == path
+    target.answers[path.partition("?")[0]] = http_answer({"error": {"message": "no such thing", "code": 7}}, 404)
+    answer = proxy.call("GET", path)
+    assert answer.status == 404 and json.loads(answer.data) == {"error": {"message": "no such thing", "code": 7}}
+
+
+@cases("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank"])
+def test_names_that_stand_in_no_list_are_the_targets_affair_unless_a_filter_is_set(start, target, path):
+    target.answers[path] = http_answer({"id": "x"})
+    body = {"model": "team-alias", "input": "x", "prompt": "x", "messages": [HI], "documents": []}
+    assert start("--target-api", "openai").post(path, body).status == 200
+    assert target.calls(path)[0].json == body
+    Path("models-filter.txt").write_text("m\n")
+    filtered = start("--target-api", "openai")
+    assert filtered.post(path, body).status == 404 and len(target.calls(path)) == 1
+    assert filtered.post(path, {**body, "model": "m"}).status == 200
+    assert filtered.post("/api/chat", {"model": "team-alias", "messages": [HI]}).status == 404
+
+
+def test_ollama_clients_are_told_404_for_names_that_stand_in_no_list(proxy, target):
+    for path, body in (("/api/chat", {"messages": [HI]}), ("/api/generate", {"prompt": "x"}),
+                       ("/api/embed", {"input": "x"})):
+        answer = proxy.post(path, {"model": "team-alias", **body})
+        assert answer.status == 404 and "team-alias" in json.loads(answer.data)["error"]
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+def test_a_target_that_wants_more_reasoning_is_not_given_less(start, target):
+    text = "The `reasoning_content` in the thinking mode must be passed back to the API."
+    turns = [HI, turn("assistant", "b", reasoning_content="because"), HI, calling(("read", {}, "c1")),
+             result("d", tool_call_id="c1")]
+
+    def script(talk):
+        talk.released = True
+        kept = {"reasoning_content" in message for message in talk.request.json["messages"]
+                if message["role"] == "assistant"}
+        talk.send(http_answer({"error": {"message": text}}, 400) if len(kept) > 1 else http_answer(WHOLE))
+
+    target.answers["/v1/chat/completions"] = script
+    answer = start("--target-api", "openai").post("/v1/chat/completions", {"model": "m", "messages": turns})
+    assert answer.status == 400 and json.loads(answer.data)["error"]["message"] == text
+    assert all(request.json["messages"] == turns for request in target.calls("/v1/chat/completions"))
+
+
+@cases("text", ["messages[1].reasoning_content is required in thinking mode", "Missing `reasoning_content` field",
+                "options must be provided", "format is missing", "`think` needs to be set for this model"])
+def test_a_relay_leaves_nothing_out_that_the_target_asks_for(start, target, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, 400)
+    body = {"model": "m", "think": True, "format": "json", "options": {"num_ctx": 5},
+            "messages": [HI, turn("assistant", "a", reasoning_content="b"), HI]}
+    answer = start("--target-api", "openai").post("/v1/chat/completions", body)
+    assert answer.status == 400 and [request.json for request in target.calls("/v1/chat/completions")] == [body]
+
+
+@cases("argv, authorization, travels", [
+    ([], "Bearer sk-client-own-key", False), (["--api-key", "sk-upstream-key"], "Bearer sk-client-own-key", False),
+    (["--api-key", "sk-upstream-key"], None, False), (["--forward-auth"], "Bearer sk-client-own-key", True),
+    (["--forward-auth", "--api-key", "sk-upstream-key"], "Bearer sk-client-own-key", True),
+    (["--forward-auth", "--api-key", "sk-upstream-key"], "Bearer ollama", False)])
+@cases("path", ["/v1/chat/completions", "/v1/files"])
+def test_whose_account_pays_is_told_beside_the_clients_own_key_alone(start, target, path, argv, authorization, travels):
+    target.answers[path] = http_answer(WHOLE)
+    headers = {"OpenAI-Organization": "org-client", "OpenAI-Project": "proj_client", "X-Trace": "1"}
+    headers.update({"Authorization": authorization} if authorization else {})
+    assert start("--target-api", "openai", *argv).post(path, CHAT, headers).status == 200
+    sent = target.calls(path)[-1].headers
+    assert sent["x-trace"] == "1" and ("openai-organization" in sent) is ("openai-project" in sent) is travels
+    ours = "Bearer sk-upstream-key" if "--api-key" in argv else None
+    assert sent.get("authorization") == (authorization if travels else ours)
+
+
+@cases("path", ["/v1/responses", "/v1/realtime?model=m", "/v1/models", "/api/chat"])
+def test_a_websocket_is_426_at_once_and_the_target_is_not_asked(start, target, path):
+    proxy = start("--target-api", "openai")
+    headers = ("Connection: Upgrade", "Upgrade: WebSocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
+    with proxy.dial() as sock:
+        sock.sendall(http_request("GET", path, b"", *headers))
+        head = read_until(sock, b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 426 ") and b"\r\nUpgrade: HTTP/1.1\r\n" in head and not target.received
+
+
+def test_another_upgrade_is_no_reason_to_refuse(proxy, target):
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAM"}
+    assert proxy.call("GET", "/v1/models", None, headers).status == 200
+    assert not {"upgrade", "http2-settings"} & set(target.received[-1].headers)
+
+
+def test_what_cannot_get_better_says_so_to_sdks(start, target):
+    Path("models-filter.txt").write_text("m\n")
+    proxy = start("--target-api", "openai", "--client-key", "door-key")
+    key = {"Authorization": "Bearer door-key"}
+    for status, method, path, body, headers in (
+            (401, "POST", "/v1/chat/completions", CHAT, {}),
+            (404, "POST", "/v1/chat/completions", {**CHAT, "model": "nope"}, key),
+            (404, "POST", "/v1/messages", {**CHAT, "model": "nope"}, key), (404, "GET", "/v1/models/nope", None, key),
+            (400, "POST", "/v1/responses", b"{broken", {**key, "Content-Type": "application/json"}),
+            (405, "TRACE", "/v1/x", None, key),
+            (413, "POST", "/v1/chat/completions", b"x", {**key, "Content-Length": "999999999"})):
+        with proxy.dial() as sock:
+            data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+            length = () if "Content-Length" in headers else (f"Content-Length: {len(data)}",)
+            lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *length]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+            head = read_until(sock, b"\r\n\r\n").lower()
+        assert head.startswith(b"http/1.1 %d " % status), (status, head)
+        assert b"\r\nx-should-retry: false\r\n" in head, status
+    assert "x-should-retry" not in proxy.post("/api/chat", {**CHAT, "model": "nope"}, key).headers
+
+
+@cases("status", [400, 429, 500, 503])
+def test_what_a_target_says_of_its_own_errors_is_left_to_it(start, target, status):
+    proxy, told = start("--target-api", "openai"), ("x-should-retry: true",)
+    for headers in (told, ()):
+        target.answers["/v1/chat/completions"] = http_answer({"error": "x"}, status, "application/json", *headers)
+        answer = proxy.post("/v1/chat/completions", CHAT)
+        assert answer.headers.get("x-should-retry") == ("true" if headers else None)
+
+
+def test_a_target_that_is_down_may_be_asked_again(start):
+    proxy = start("--target", "http://127.0.0.1:9", "--target-api", "openai")
+    answer = proxy.post("/v1/chat/completions", CHAT)
+    assert answer.status == 502 and "x-should-retry" not in answer.headers
+
+
+def test_head_and_pings_of_a_stream_reach_the_client_as_they_come(start, target):
+    def script(talk):
+        talk.send(stream_head())
+        assert talk.target.go.wait(PATIENCE)
+        talk.send(chunk(b": keep-alive\n\n"))
+        talk.wait_closed()
+
+    target.answers["/v1/responses"] = script
+    with start("--target-api", "openai").dial() as sock:
+        sock.sendall(http_request("POST", "/v1/responses", {"model": "m", "stream": True}))
+        assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        target.go.set()
+        assert b": keep-alive\n\n" in read_until(sock, b"keep-alive\n\n")
+
+
+@cases("path", ["/v1/chat/completions", "/api/chat"])
+def test_a_target_that_refuses_before_it_has_read_the_body_is_heard(start, target, path):
+    refusal = {"error": {"message": "request entity too large"}}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                with sock:
+                    listed = read_until(sock, b"\r\n\r\n").startswith(b"GET /v1/models ")
+                    status = (LIST, 200) if listed else (refusal, 413)
+                    sock.sendall(http_answer(*status, "application/json", "Connection: close"))
+                    sock.shutdown(socket.SHUT_WR)
+                    read_all(sock)      # what still comes, so that nothing resets the connection
+
+        threading.Thread(target=serve, daemon=True).start()
+        proxy = start("--target", f"http://127.0.0.1:{listener.getsockname()[1]}", "--target-api", "openai")
+        answer = proxy.post(path, {**CHAT, "stream": False, "messages": [turn("user", "x" * 3_000_000)]})
+        shut(listener)
+    assert answer.status == 413 and b"too large" in answer.data
+
+
+def test_compression_that_nobody_asked_for_is_unpacked_or_labelled(start, target):
+    plain = b'{"object":"list","data":[]}'
+    target.answers["/v1/files"] = http_answer(gzip.compress(plain), 200, "application/json", "Content-Encoding: gzip")
+    target.answers["/v1/odd"] = http_answer(b"\x0b\x02\x80abc\x03", 200, "application/json", "Content-Encoding: br")
+    proxy = start("--target-api", "openai")
+    answer = proxy.call("GET", "/v1/files")
+    assert answer.data == plain and "content-encoding" not in answer.headers
+    answer = proxy.call("GET", "/v1/odd")
+    assert answer.status == 502 or answer.headers["Content-Encoding"] == "br"
+
+
 def test_errors_of_the_target_are_relayed_as_they_are(proxy, target):
     body = b'{"error": {"message": "no", "type": "odd", "param": "x", "code": 7}, "extra": 1}'
     target.answers["/v1/chat/completions"] = http_answer(body, 418)
@@ -2702,15 +3019,6 @@ def test_tools_messages_and_images_are_never_dropped(start, target, message):
 
 # How servers say what they do not take: who says it, in what words.  Numbers and names are those of the requests here.
 
-def turn(role, content, **fields):
-    return {"role": role, "content": content, **fields}
-
-
-def a_tool(name="look_up", **parameters):
-    return {"type": "function", "function": {"name": name, "parameters": {
-        "type": "object", "properties": {"q": {"type": "string"}}, **parameters}}}
-
-
 def roles(body):
     return [message["role"] for message in body["messages"]]
 
@@ -2772,8 +3080,6 @@ def lessons_in(proxy):
     return [line for line in proxy.logged + proxy.errors if "from now on" in line]
 
 
-PICTURE = "iVBORw0KGgo="
-HI, SYSTEM = turn("user", "hi"), turn("system", "Be brief.")
 CALLED = [turn("user", "go"), calling(("look.up", {"q": "x"}, "functions.f:0")),
           result("r", tool_call_id="functions.f:0")]
 LONG_ID = "call_" + "x" * 40
@@ -3191,7 +3497,7 @@ def test_a_request_is_not_sent_again_as_it_was(start, target, status, text, requ
 
 
 def test_a_bound_is_the_whole_number_that_is_written(start, target):
-    target.answers["/v1/chat/completions"] = reluctant("max_tokens: this model supports at most 8,192 completion tokens")
+    target.answers["/v1/chat/completions"] = reluctant("max_tokens: the model takes at most 8,192 completion tokens")
     answered(start("--target-api", "openai"), {"messages": [HI], "options": {"num_predict": 100000}})
     assert target.calls("/v1/chat/completions")[-1].json.get("max_tokens", 8192) == 8192
 
@@ -3622,6 +3928,64 @@ def test_metadata_is_there_for_whoever_joins_a_refresh_that_began_without_it(sta
         assert b'.context_length":9000' in read_all(other)
 
 
+ODD_MODELS = [
+    {"id": "vendor/big", "created": 1754000000.75, "context_length": 131072.0, "description": None,
+     "architecture": {"input_modalities": ["text", "image", "audio", "file"], "output_modalities": ["text"]},
+     "top_provider": {"context_length": None, "max_completion_tokens": None},
+     "supported_parameters": ["tools", "reasoning"]},
+    {"id": "bare"}, {"id": "odd", "created": None, "owned_by": None, "max_model_len": "8192", "meta": None},
+    {"id": "late", "created": "2025-07-01T00:00:00Z", "context_window": None, "size": 4.5e9, "quantization": None},
+    {"id": "wrong", "created": [], "size": "4 GB", "context_length": {}, "capabilities": "tools", "architecture": 5,
+     "meta": "x"}]
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+
+
+def no_nulls(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is not None and all(map(no_nulls, inner))
+
+
+def test_every_key_has_its_type_whatever_the_list_holds(start, target):
+    """What typed clients (Kotlin, C#, Rust, Go, Swift) decode: no null, no 1.0 for an integer, texts for details."""
+    target.answers["/v1/models"] = http_answer({"object": "list", "data": ODD_MODELS})
+    proxy = start("--target-api", "openai")
+    tags, running = proxy.get("/api/tags"), proxy.get("/api/ps")
+    shown = [json.loads(proxy.post("/api/show", {"model": model["name"]}).data) for model in tags["models"]]
+    assert len(tags["models"]) == len(running["models"]) == 5 and all(map(no_nulls, [tags, running, *shown]))
+    for entry in tags["models"] + running["models"]:
+        assert type(entry["size"]) is int and re.fullmatch("[0-9a-f]{64}", entry["digest"])
+        assert entry["name"] == entry["model"]
+        assert STAMP.fullmatch(entry.get("modified_at") or entry["expires_at"])
+        assert all(type(entry.get(key, 0)) is int for key in ("size_vram", "context_length"))
+    for entry in tags["models"] + running["models"] + shown:
+        details = entry["details"]
+        assert all(type(details[key]) is str for key in ("parent_model", "format", "family", "parameter_size",
+                                                         "quantization_level"))
+        assert details["families"] == [details["family"]]
+        assert all(type(details.get(key, 1)) is int for key in ("context_length", "embedding_length"))
+    for entry in shown:
+        info, known = entry["model_info"], {"completion", "tools", "insert", "vision", "embedding", "thinking", "audio"}
+        assert STAMP.fullmatch(entry["modified_at"]) and entry["capabilities"] and set(entry["capabilities"]) <= known
+        assert all(type(entry[key]) is str for key in ("license", "modelfile", "parameters", "template"))
+        family = info["general.architecture"]
+        assert all(type(info[key]) is int for key in (
+            "general.parameter_count", f"{family}.context_length", f"{family}.embedding_length"))
+        assert info[f"{family}.context_length"] >= 1
+
+
+def test_counts_that_are_floats_become_integers(start, target):
+    usage = {"prompt_tokens": 3.0, "completion_tokens": 2.0, "total_tokens": 5.0}
+    target.answers["/v1/embeddings"] = http_answer({"data": [{"index": 0, "embedding": [1, 0, 0.5]}], "usage": usage})
+    target.answers["/v1/chat/completions"] = http_answer({**WHOLE, "usage": usage})
+    proxy = start("--target-api", "openai")
+    answers = [json.loads(proxy.post(path, {"model": "m", "stream": False, "input": "x", "messages": [HI]}).data)
+               for path in ("/api/embed", "/api/chat")]
+    for answer in answers:
+        assert all(type(answer[key]) is int and answer[key] >= 1
+                   for key in answer if key.endswith(("_count", "_duration")))
+    assert [answer["prompt_eval_count"] for answer in answers] == [3, 3] and answers[1]["eval_count"] == 2
+
+
 def test_probes_that_are_not_there_are_remembered(start, target, later):
     for path in ("/props", "/api/v0/models", "/api/v1/models", "/model/info"):
         target.answers[path] = http_answer({"error": f"Unexpected endpoint or method. (GET {path})"})
@@ -3868,6 +4232,140 @@ def test_logprobs_of_completions_have_the_shape_of_completions(start, ollama_tar
     assert {key: [item for part in told for item in part[key]] for key in told[0]} == {
         "tokens": ["Hi", " you"], "token_logprobs": [-0.5, -0.25], "text_offset": [0, 2],
         "top_logprobs": [{"Hi": -0.5, "Ho": -3.5}, {" you": -0.25, " me": -3.5}]}
+
+
+def openai_frames(answer):
+    """The objects of a stream of /v1, or the one of a whole answer."""
+    if answer.headers["Content-Type"] != "text/event-stream":
+        return [json.loads(answer.data)]
+    assert answer.data.endswith(b"data: [DONE]\n\n")
+    return [json.loads(frame[6:]) for frame in answer.data.split(b"\n\n")[:-2]]
+
+
+JINJA = ('{"error":{"code":500,"message":"\\n------------\\nWhile executing CallExpression at line 85, column 32 in '
+         'source:\\n... raise_exception\\nError: Jinja Exception: %s","type":"server_error"}}')
+
+
+@cases("text, messages, wanted", [
+    ("System message must be at the beginning.", [SYSTEM, turn("developer", "Mind."), HI], ["system", "user"]),
+    ("System message must be at the beginning.", [SYSTEM, HI, turn("system", "Mind."), HI], ["system", "user", "user"]),
+    ("Conversation roles must alternate user/assistant/user/assistant/...", [SYSTEM, HI, turn("user", "Mind.")],
+     ["system", "user"]),
+    ("System role not supported", [SYSTEM, turn("user", "Mind.")], ["user"])])
+@cases("stream", [True, False])
+def test_what_templates_of_an_ollama_refuse_is_said_in_another_way(
+        start, ollama_target, stream, text, messages, wanted):
+    refused = http_answer({"error": JINJA % text}, 500)
+    good = http_stream(NATIVE, "application/x-ndjson") if stream else http_answer(NATIVE_WHOLE)
+    ollama_target.answers["/api/chat"] = [refused, good]
+    proxy = start()
+    for count in (2, 3):
+        answer = proxy.post("/v1/chat/completions", {"model": "llama3", "messages": messages, "stream": stream})
+        assert answer.status == 200 and len(ollama_target.calls("/api/chat")) == count
+        sent = ollama_target.calls("/api/chat")[-1].json
+        assert roles(sent) == wanted and all(message["content"] in said(sent) for message in messages)
+    assert len(lessons_in(proxy)) == 1
+
+
+@cases("text", ['"llama3" does not support thinking', 'think value "low" is not supported for this model'])
+def test_a_word_on_thinking_that_a_model_does_not_know_is_left_out(start, ollama_target, text):
+    ollama_target.answers["/api/chat"] = [http_answer({"error": text}, 400), http_answer(NATIVE_WHOLE)]
+    proxy = start()
+    assert proxy.post("/v1/chat/completions", {**ASK, "reasoning_effort": "low"}).status == 200
+    sent = [request.json for request in ollama_target.calls("/api/chat")]
+    assert sent[0]["think"] == "low" and "think" not in sent[1] and len(lessons_in(proxy)) == 1
+
+
+@cases("switch", [{"thinking": {"type": "disabled"}}, {"enable_thinking": False}, {"reasoning_effort": "none"},
+                  {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning": {"enabled": False}},
+                  {"think": False}])
+def test_a_clients_word_on_thinking_beats_the_list_and_settings(start, ollama_target, switch):
+    proxy = start("--set", "llama*:think=true", environ={"THINK_MODELS": "llama3, glm-5:cloud"})
+    for model in ("llama3", "glm-5:cloud"):
+        proxy.post("/v1/chat/completions", {**ASK, **switch, "model": model, "stream": True})
+        assert ollama_target.calls("/api/chat")[-1].json["think"] is False
+    proxy.post("/v1/chat/completions", {**ASK, "stream": True})
+    assert ollama_target.calls("/api/chat")[-1].json["think"] is True
+
+
+@cases("path, native_path", [("/v1/chat/completions", "/api/chat"), ("/v1/completions", "/api/generate")])
+@cases("said_, wanted", [({"num_ctx": 16384}, 16384), ({"options": {"num_ctx": 16384}}, 16384), ({}, 4096),
+                         ({"num_ctx": 5, "options": {"num_ctx": 16384}}, 16384), ({"num_ctx": None}, 4096)])
+def test_the_clients_context_length_beats_settings(start, ollama_target, path, native_path, said_, wanted):
+    ollama_target.answers["/api/generate"] = http_answer({"response": "x", "done": True})
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    body = {"model": "llama3", "messages": [HI], "prompt": "hi", **said_}
+    assert start("--set", "llama*:num_ctx=4096").post(path, body).status == 200
+    assert ollama_target.calls(native_path)[-1].json["options"]["num_ctx"] == wanted
+
+
+@cases("value, wanted", [("-1", -1), ("300", 300), (-1, -1), (0, 0), ("5m", "5m"), (None, "30m")])
+@cases("path, native_path", [("/v1/chat/completions", "/api/chat"), ("/v1/completions", "/api/generate"),
+                             ("/v1/embeddings", "/api/embed")])
+def test_keep_alive_of_openai_clients_beats_settings(start, ollama_target, path, native_path, value, wanted):
+    ollama_target.answers[native_path] = http_answer({**NATIVE_WHOLE, "response": "x", "embeddings": [[1.0]]})
+    body = {"model": "llama3", "messages": [HI], "prompt": "hi", "input": "hi", "keep_alive": value}
+    assert start("--set", "llama*:keep_alive=30m").post(path, body).status == 200
+    assert ollama_target.calls(native_path)[-1].json["keep_alive"] == wanted
+
+
+@cases("stream", [True, False])
+@cases("top", [None, 2])
+def test_logprobs_of_chats_are_whole(start, ollama_target, stream, top):
+    others = [{"token": "o", "logprob": -0.1}, {"token": "\u00fc", "logprob": -3.5}]
+    items = [{"token": "o", "logprob": -0.1, "bytes": [111]}, {"token": "k", "logprob": -0.2}]
+    items = [{**item, "top_logprobs": others} for item in items] if top else items
+    pieces = [{"message": turn("assistant", item["token"]), "done": False, "logprobs": [item]} for item in items]
+    last = {"message": turn("assistant", ""), "done": True, "done_reason": "stop"}
+    whole = http_answer({**last, "message": turn("assistant", "ok"), "logprobs": items})
+    ollama_target.answers["/api/chat"] = http_stream(ndjson(*pieces, last), "application/x-ndjson") if stream else whole
+    body = {**ASK, "stream": stream, "logprobs": True, **({"top_logprobs": top} if top else {})}
+    answer = start().post("/v1/chat/completions", body)
+    sent = ollama_target.calls("/api/chat")[0].json
+    assert sent["logprobs"] is True and sent.get("top_logprobs") == top
+    told = [item for frame in openai_frames(answer) for choice in frame["choices"]
+            for item in (choice.get("logprobs") or {}).get("content") or ()]
+    tops = [{**others[0], "bytes": [111]}, {**others[1], "bytes": [195, 188]}] if top else []
+    assert told == [{"token": "o", "logprob": -0.1, "bytes": [111], "top_logprobs": tops},
+                    {"token": "k", "logprob": -0.2, "bytes": [107], "top_logprobs": tops}]
+
+
+def test_calls_that_come_one_a_line_under_one_id_are_told_apart(start, ollama_target):
+    pieces = [{"message": turn("assistant", "", tool_calls=[
+        {"id": "call_same", "function": {"index": 0, "name": "write", "arguments": {"n": at}}}]), "done": False}
+        for at in range(3)]
+    last = {"message": turn("assistant", ""), "done": True, "done_reason": "stop"}
+    ollama_target.answers["/api/chat"] = http_stream(ndjson(*pieces, last), "application/x-ndjson")
+    frames = openai_frames(start().post("/v1/chat/completions", {**ASK, "stream": True, "tools": [a_tool("write")]}))
+    calls = [call for frame in frames for choice in frame["choices"] for call in choice["delta"].get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 1, 2] and len({call["id"] for call in calls}) == 3
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert frames[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_turns_without_content_are_served(start, ollama_target):
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [turn("user", "a"), turn("assistant", None), HI, turn("assistant", None, tool_calls=[call]),
+             turn("tool", [{"type": "text", "text": "r"}], tool_call_id="c1")]
+    assert start().post("/v1/chat/completions", {"model": "llama3", "messages": turns}).status == 200
+    sent = ollama_target.calls("/api/chat")[0].json["messages"]
+    assert [message["content"] for message in sent] == ["a", "", "hi", "", "r"]
+
+
+@cases("wanted", ["float", "base64", None])
+def test_vectors_have_the_encoding_that_was_asked_for(start, ollama_target, wanted):
+    ollama_target.answers["/api/embed"] = http_answer({"embeddings": [[0.25, -0.5, 1.0]], "prompt_eval_count": 3})
+    body = {"model": "llama3", "input": "x", **({"encoding_format": wanted} if wanted else {})}
+    vector = json.loads(start().post("/v1/embeddings", body).data)["data"][0]["embedding"]
+    vector = struct.unpack("<3f", base64.b64decode(vector)) if wanted == "base64" else vector
+    assert list(vector) == [0.25, -0.5, 1.0]
+
+
+def test_a_prompt_list_of_one_is_that_prompt(start, ollama_target):
+    ollama_target.answers["/api/generate"] = http_answer({"response": "x", "done": True})
+    assert start().post("/v1/completions", {"model": "llama3", "prompt": ["only"]}).status == 200
+    assert ollama_target.calls("/api/generate")[0].json["prompt"] == "only"
 
 
 def test_errors_of_an_ollama_come_in_openais_shape(start, ollama_target):
