@@ -549,6 +549,46 @@ STREAMS = [
     ("F113b the word null is no finish", "chat", sse(delta("Hel"), "data: null\n\n", done=False),
      lines("Hel", error="upstream closed the stream before finishing")),
     ("F112 a frame that is no JSON", "chat", b"data: {broken\n\n", lines(error="upstream sent an event that is not JSON: {broken")),
+    ("F118 the last fragment repeats the arguments", "chat",
+     tight(call_delta(part("f", "", index=0, id="a")), call_delta(part(None, '{"x": 1, ', index=0)),
+           call_delta(part(None, '"y": 2}', index=0)), call_delta(part(None, '{"x": 1, "y": 2}', index=0)), TOOLS_END),
+     lines(calls=[("f", {"x": 1, "y": 2})])),
+    ("F119 each fragment holds all there is so far", "chat",
+     tight(call_delta(part("f", '{"x":', index=0, id="a")), call_delta(part(None, '{"x":"a b', index=0)),
+           call_delta(part(None, '{"x":"a b"}', index=0)), TOOLS_END), lines(calls=[("f", {"x": "a b"})])),
+    ("F120 whole arguments twice, written in two ways, in two calls", "chat",
+     tight(call_delta(part("f", '{"x":1}', index=0, id="a")), call_delta(part(None, '{"x": 1}', index=0)),
+           call_delta(part("g", "", index=1, id="b")), call_delta(part(None, "{}", index=1)),
+           call_delta(part(None, "{}", index=1)), TOOLS_END), lines(calls=[("f", {"x": 1}), ("g", {})])),
+    ("F121 a whole answer whose arguments stand twice", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":1}{"x":1}', id="a")]), lines(calls=[("f", {"x": 1})])),
+    ("F121b an empty object before the arguments", "chat",
+     tight(call_delta(part("f", "{}", index=0, id="a")), call_delta(part(None, '{"x"', index=0)),
+           call_delta(part(None, ":1}", index=0)), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F122 a call without arguments, whole", "chat",
+     whole(None, "tool_calls", [part("f", id="a", type="function")]), lines(calls=[("f", {})])),
+    ("F123 an error inside the choice", "chat",
+     tight(delta("par", role="assistant"), {"choices": [
+         {**delta("", finish="error")["choices"][0], "error": {"message": "upstream timed out", "code": 504}}]}),
+     lines("par", error="upstream timed out")),
+    ("F124 the error inside the choice is a text, and the first frame", "chat",
+     tight({"choices": [{"index": 0, "delta": {}, "finish_reason": "error", "error": "no capacity"}]}),
+     lines(error="no capacity")),
+    ("F125 halves of a surrogate pair in two frames", "chat",
+     sse(delta("Hi"), delta(" you \ud83d"), delta("\ude00"), delta(" end"), STOP), lines("Hi you \U0001f600 end")),
+    ("F126 halves that stay alone, at the end too", "chat",
+     sse(delta("a\ud83d"), delta("b \ude00"), delta("c\ud83d"), STOP), lines("a\ufffdb \ufffdc\ufffd")),
+    ("F127 three halves in a row, and empty frames between them", "chat",
+     sse(delta("\ud83d"), delta(""), delta("\ud83d"), delta(None), delta("\ude00"), STOP), lines("\ufffd\U0001f600")),
+    ("F128 halves in reasoning", "chat",
+     sse(delta(reasoning_content="so \ud83d"), delta(reasoning_content="\ude00"), delta("ok"), STOP),
+     lines("ok", thinking="so \U0001f600")),
+    ("F129 halves in the arguments of a call", "chat",
+     sse(call_delta(part("f", '{"x":"\ud83d', index=0, id="a")), call_delta(part(None, '\ude00"}', index=0)),
+         TOOLS_END),
+     lines(calls=[("f", {"x": "\U0001f600"})])),
+    ("F130 half a pair in whole arguments", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":"\\ud83d"}', id="a")]), lines(calls=[("f", {"x": "\ufffd"})])),
 ]
 
 
@@ -722,7 +762,7 @@ def test_every_stream_of_every_server_decodes_whole_and_at_every_cut(name, how, 
 
 
 ODD_TOKENS = ["a", " b", "\n", "\n\n", '"', "\\", "\\n", "é", " \u65e5\u672c", "\U0001f999", "</", "</think>", "<b>", "\t", "\x7f", "\x00", "/", "x" * 600, "", "\u2028",
-              "data: ", "}\n\n", '"},"finish_reason":null}]}']
+              "data: ", "}\n\n", '"},"finish_reason":null}]}', "\ud83d", "\ude00"]
 
 
 def token_stream(chance, dialect, count=60, odd=1.0):
@@ -743,7 +783,7 @@ def token_stream(chance, dialect, count=60, odd=1.0):
         line = json.dumps(value, ensure_ascii=ascii_only, separators=None if spaces else (",", ":")).replace("/", chance.choice(["/", "\\/"]) if chance.random() < .1 else "/")
         frames.append(f"data: {line}\n\n" if dialect is OPENAI else line + "\n")
     last = sse(STOP) if dialect is OPENAI else ndjson({"message": {"content": ""}, "done": True})
-    return "".join(frames).encode() + last
+    return "".join(frames).encode("utf-8", "surrogatepass") + last
 
 
 def some_pieces(chance, data):
@@ -791,6 +831,42 @@ def test_a_stream_that_is_cut_never_looks_whole(name, how, data, wanted):
     ends = [match.end() for match in re.finditer(rb'"finish_reason": ?"(?!null)[^"]+"|\[DONE\]', data)]
     for at in range(0, min(ends)):
         assert b'"done":true' not in translated([data[:at]], how)
+
+
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+HARMONY = "<|channel|>analysis<|message|>why"
+MARKED = [      # what models leave in the text of servers without a parser: text, thinking, answer
+    ("tags", "<think>why</think>ok", "why", "ok"), ("longer tags", "<thinking>\nwhy\n</thinking>\n\nok", "why", "ok"),
+    ("thought", "\n<thought>why</thought> ok", "why", "ok"), ("brackets", "[THINK]why[/THINK]ok", "why", "ok"),
+    ("brackets and lines", "[THINK]\nwhy\n[/THINK]\n\nok", "why", "ok"),
+    ("Gemma", "<|channel>thought\nwhy<channel|>ok", "why", "ok"),
+    ("Gemma, nothing thought", "<|channel>thought\n<channel|>ok", "", "ok"),
+    ("gpt-oss", HARMONY + FINAL + "ok", "why", "ok"),
+    ("gpt-oss, an answer alone", "<|channel|>final<|message|>ok", "", "ok"),
+    ("gpt-oss, to its last mark", HARMONY + FINAL + "ok<|return|>", "why", "ok"),
+    ("gpt-oss, from its first mark", "<|start|>assistant" + HARMONY + FINAL + "ok", "why", "ok"),
+    ("gpt-oss thinks twice", HARMONY + FINAL.replace("final", "analysis") + "more" + FINAL + "ok", "whymore", "ok"),
+    ("gpt-oss says what it does", "<|channel|>commentary<|message|>First, " + FINAL + "ok", "", "First, ok"),
+    ("Seed", "<seed:think>why</seed:think>ok", "why", "ok"),
+    ("Kimi", "\u25c1think\u25b7why\u25c1/think\u25b7ok", "why", "ok"),
+    ("Command", "<|START_THINKING|>why<|END_THINKING|><|START_RESPONSE|>ok<|END_RESPONSE|>", "why", "ok"),
+    ("reasoning", "<reasoning>why</reasoning>ok", "why", "ok"),
+    ("another closer inside", "<think>a [/THINK] b</think>ok", "a [/THINK] b", "ok"),
+    ("half a closer inside", "[THINK]a [/TH b[/THINK]ok", "a [/TH b", "ok"),
+    ("a tag in the middle", "In HTML <think> is no tag", "", "In HTML <think> is no tag"),
+    ("half a bracket", "[THE END]", "", "[THE END]"), ("a list", "[1, 2]", "", "[1, 2]"),
+    ("half a channel", "<|im", "", "<|im"), ("a channel of no use", "<|channel is open", "", "<|channel is open"),
+    ("a mark in quotes", "`[THINK]` opens", "", "`[THINK]` opens")]
+
+
+@cases("name, text, thinking, answer", MARKED, ids=[row[0] for row in MARKED])
+def test_reasoning_marks_are_told_apart_from_the_answer_whole_and_at_every_cut(name, text, thinking, answer):
+    pieces = [[text[:at], text[at:]] for at in range(1, len(text))] + [list(text), [text], [text[:9], "", text[9:]]]
+    for data in [whole(text)] + [sse(*map(delta, cut), STOP) for cut in pieces]:
+        got = [json.loads(line) for line in translated([data]).splitlines()]
+        assert got[-1]["done"] is True, data
+        told = [[entry["message"].get(key, "") for entry in got] for key in ("thinking", "content")]
+        assert ["".join(texts).strip() for texts in told] == [thinking, answer], data
 
 
 @cases("name, status, content_type, body, wanted", PRINTED_ERRORS, ids=[row[0] for row in PRINTED_ERRORS])
@@ -1207,7 +1283,13 @@ def native(**body):
     ({"temperature": 0.5, "top_p": 0.9, "stop": "x", "max_tokens": 5}, {"temperature": 0.5, "top_p": 0.9, "stop": ["x"], "num_predict": 5}),
     ({"max_completion_tokens": 7, "max_tokens": 5}, {"num_predict": 7}), ({"stop": ["a", ""]}, {"stop": ["a"]}), ({"stop": []}, None),
     ({}, None), ({"options": {"num_ctx": 8192}, "temperature": 1}, {"temperature": 1, "num_ctx": 8192}), ({"seed": 3, "top_k": 4}, {"seed": 3, "top_k": 4}),
-    ({"frequency_penalty": 0.1, "presence_penalty": 0.2}, {"frequency_penalty": 0.1, "presence_penalty": 0.2})])
+    ({"frequency_penalty": 0.1, "presence_penalty": 0.2}, {"frequency_penalty": 0.1, "presence_penalty": 0.2}),
+    ({"num_ctx": 16384}, {"num_ctx": 16384}), ({"num_ctx": 5, "options": {"num_ctx": 7}}, {"num_ctx": 7}),
+    ({"num_ctx": None}, None),
+    ({"num_gpu": 1, "num_thread": 2, "use_mmap": False}, {"num_gpu": 1, "num_thread": 2, "use_mmap": False}),
+    ({"options": {"stop": "x"}}, {"stop": ["x"]}), ({"options": {"stop": None, "top_k": 2}}, {"top_k": 2}),
+    ({"options": None}, None), ({"options": {"temperature": None}, "temperature": 1}, {"temperature": 1}),
+    ({"min_p": 0.1, "repeat_penalty": 1.2}, {"min_p": 0.1, "repeat_penalty": 1.2})])
 def test_openai_parameters_become_options(body, wanted):
     assert native(**body).get("options") == wanted
 
@@ -1215,8 +1297,21 @@ def test_openai_parameters_become_options(body, wanted):
 @cases("body, wanted", [
     ({}, None), ({"reasoning_effort": "none"}, False), ({"reasoning_effort": "minimal"}, "low"), ({"reasoning_effort": "xhigh"}, "max"),
     ({"reasoning": {"effort": "high"}}, "high"), ({"think": True, "reasoning_effort": "none"}, True), ({"reasoning": {"enabled": False}}, False),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, False), ({"reasoning_effort": ""}, None)])
-def test_reasoning_effort_becomes_think(body, wanted):
+    ({"chat_template_kwargs": {"enable_thinking": False}}, False), ({"reasoning_effort": ""}, None),
+    ({"reasoning_effort": "low"}, "low"), ({"reasoning_effort": "HIGH"}, "high"), ({"reasoning_effort": "max"}, "max"),
+    ({"reasoning_effort": "off"}, False), ({"reasoning": {"effort": "none"}}, False),
+    ({"reasoning": {"enabled": True}}, True),
+    ({"reasoning": {"effort": None}}, None), ({"reasoning": {"max_tokens": 99}}, None), ({"reasoning": "x"}, None),
+    ({"thinking": {"type": "disabled"}}, False), ({"thinking": {"type": "enabled"}}, True),
+    ({"thinking": {"type": "adaptive"}}, None), ({"thinking": {"type": "enabled"}, "reasoning_effort": "low"}, "low"),
+    ({"thinking": {"type": "disabled"}, "reasoning_effort": "none"}, False), ({"thinking": None}, None),
+    ({"enable_thinking": False}, False), ({"enable_thinking": True}, True), ({"enable_thinking": None}, None),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, True), ({"chat_template_kwargs": {"thinking": False}}, False),
+    ({"chat_template_kwargs": {"thinking": True}}, True),
+    ({"chat_template_kwargs": {"reasoning_effort": "medium"}}, "medium"),
+    ({"chat_template_kwargs": {}}, None), ({"chat_template_kwargs": None}, None), ({"think": "max"}, "max"),
+    ({"think": False, "enable_thinking": True}, False), ({"reasoning_effort": "none", "enable_thinking": True}, False)])
+def test_what_a_client_says_of_thinking_is_understood_in_every_spelling(body, wanted):
     assert native(**body).get("think") == wanted
 
 
@@ -1287,6 +1382,133 @@ def test_an_openai_stream_has_one_id_one_role_and_an_index_for_each_call():
     assert values[-2]["choices"][0]["finish_reason"] == "tool_calls" and deltas[-1] == {}
     assert values[-1]["choices"] == [] and values[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
     assert not any("usage" in value for value in values[:-1])
+
+
+@cases("value, wanted", [("-1", -1), ("300", 300), ("0", 0), (-1, -1), (0, 0), (1.5, 1.5), ("5m", "5m"),
+                         ("1h30m", "1h30m"), ("-1s", "-1s"), ("500ms", "500ms"), (None, None)])
+def test_keep_alive_reaches_an_ollama_as_it_takes_it(value, wanted):
+    assert native(keep_alive=value).get("keep_alive") == wanted
+    for body in ({"input": "x"}, {"input": ["x"]}):
+        call = OPENAI.parse_embed({"model": "m", "keep_alive": value, **body})
+        assert OLLAMA.render_embed(call, Habits()).body.get("keep_alive") == wanted
+
+
+ANIMAL = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]}
+KINDS = {name: {"type": "object", "properties": {"kind": {"const": name.lower()}}} for name in ("Cat", "Dog")}
+CAT, DOG = [{"type": "object", "properties": {"kind": {"enum": [name]}}} for name in ("cat", "dog")]
+SCHEMAS = [     # parameters of a tool, and what of them an Ollama must see
+    ("true stands for anything", {"properties": {"a": True, "b": {"type": "object", "properties": {"c": True}}}},
+     {"a": {}, "b": {"type": "object", "properties": {"c": {}}}}),
+    ("true in a choice", {"properties": {"a": {"anyOf": [True, {"type": "null"}]}}},
+     {"a": {"anyOf": [{}, {"type": "null"}]}}),
+    ("true as items", {"properties": {"a": {"type": "array", "items": True}}}, {"a": {"type": "array", "items": {}}}),
+    ("no properties, as PHP writes them", {"type": "object", "properties": [], "required": []}, {}),
+    ("no properties inside", {"properties": {"a": {"type": "object", "properties": []}}},
+     {"a": {"type": "object", "properties": {}}}),
+    ("properties are null", {"type": "object", "properties": None}, {}),
+    ("a root that may be null", {"type": ["object", "null"], "properties": {"q": {"type": ["string", "null"]}}},
+     {"q": {"type": ["string", "null"]}}),
+    ("a choice of references", {"properties": {"pet": ANIMAL}, "$defs": KINDS}, {"pet": {"anyOf": [CAT, DOG]}}),
+    ("references into definitions", {"properties": {"a": {"$ref": "#/definitions/A", "description": "d"}},
+                                     "definitions": {"A": {"type": "string"}}},
+     {"a": {"type": "string", "description": "d"}}),
+    ("a list of references", {"properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/Cat"}}}, "$defs": KINDS},
+     {"a": {"type": "array", "items": CAT}}),
+    ("all of one", {"properties": {"a": {"allOf": [{"$ref": "#/$defs/Cat"}], "description": "d"}}, "$defs": KINDS},
+     {"a": {**CAT, "description": "d"}}),
+    ("a constant", {"properties": {"a": {"const": 5}, "b": {"const": None}}},
+     {"a": {"enum": [5]}, "b": {"enum": [None]}}),
+    ("what Ollama keeps", {"properties": {"a": {"type": "string", "enum": ["x"], "description": "d"}}},
+     {"a": {"type": "string", "enum": ["x"], "description": "d"}}),
+    ("a reference to nothing", {"properties": {"a": {"$ref": "#/$defs/None"}}}, {"a": {}}),
+    ("a name that is a keyword", {"properties": {"const": {"type": "string"}, "oneOf": {"const": 1},
+                                                 "$ref": {"type": "integer"}}},
+     {"const": {"type": "string"}, "oneOf": {"enum": [1]}, "$ref": {"type": "integer"}}),
+    ("a default is no schema", {"properties": {"a": {"type": "object", "default": {"const": 1, "items": True}}}},
+     {"a": {"type": "object"}})]
+
+
+def as_ollama_reads(schema):
+    """What Ollama's structs keep of a schema; fails where they would refuse it."""
+    assert isinstance(schema, dict), schema
+    kept = {key: value for key, value in schema.items() if key in ("type", "description", "enum")}
+    assert isinstance(kept.get("type", ""), str) or all(isinstance(one, str) for one in kept["type"])
+    assert isinstance(schema.get("required", []), list)
+    if "properties" in schema:
+        kept["properties"] = {name: as_ollama_reads(inner) for name, inner in schema["properties"].items()}
+    if "anyOf" in schema:
+        kept["anyOf"] = list(map(as_ollama_reads, schema["anyOf"]))
+    if "items" in schema:
+        kept["items"] = as_ollama_reads(schema["items"])
+    return kept
+
+
+@cases("name, parameters, wanted", SCHEMAS, ids=[row[0] for row in SCHEMAS])
+def test_schemas_of_tools_reach_an_ollama_in_what_it_keeps(name, parameters, wanted):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    sent = native(tools=[tool])["tools"][0]["function"]["parameters"]
+    assert sent["type"] == "object" and as_ollama_reads(sent)["properties"] == wanted
+
+
+def test_a_schema_that_refers_to_itself_ends():
+    tree = {"type": "object", "properties": {"left": {"$ref": "#/$defs/T"}, "right": {"$ref": "#/$defs/T"}}}
+    parameters = {"properties": {"t": {"$ref": "#/$defs/T"}}, "$defs": {"T": tree}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    try:
+        assert len(json.dumps(native(tools=[tool]))) < 1_000_000
+    except BadRequest as error:
+        assert error.status == 400 and "schema" in error.message
+
+
+@cases("written, wanted", [
+    ("[]", {}), ("", {}), ("null", {}), (None, {}), ([], {}), ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}),
+    ('"{\\"a\\": 1}"', {"a": 1}), ('{"command": "ls -', None), ("ls -la", None), ("5", None), ("[1, 2]", None),
+    ('{"a": 1}}', None), ("{'a': 1}", None)])
+def test_what_a_model_once_wrote_as_arguments_never_ends_the_chat(written, wanted):
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "run", "arguments": written}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "no JSON"}, {"role": "user", "content": "again"}]
+    found = native(messages=turns)["messages"]
+    sent = found[1]["tool_calls"][0]["function"]["arguments"]
+    assert [turn["role"] for turn in found] == ["user", "assistant", "tool", "user"]
+    assert isinstance(sent, dict)
+    assert sent == wanted if wanted is not None else json.dumps(written)[1:-1] in json.dumps(sent)
+    call = parse_ollama_chat({"model": "m", "messages": turns})
+    text = render_openai_chat(call, Habits()).body["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(text) == sent
+
+
+def offered(choice, *kinds):
+    """The names of the tools that an Ollama is shown."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("read", "write", "delete")]
+    return [tool["function"]["name"] for tool in native(tools=tools + list(kinds), tool_choice=choice).get("tools", ())]
+
+
+def named_tool(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+@cases("choice, wanted", [
+    ("auto", ["read", "write", "delete"]), ("required", ["read", "write", "delete"]), ("none", []),
+    (None, ["read", "write", "delete"]), (named_tool("write"), ["write"]),
+    ({"type": "function", "name": "write"}, ["write"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named_tool("read")]}}, ["read"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+        named_tool("write"), {"type": "function", "name": "read"}]}}, ["read", "write"]),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "read"}]}, ["read"]),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, [])])
+def test_only_tools_that_may_be_called_are_offered(choice, wanted):
+    assert offered(choice) == wanted
+
+
+@cases("tool", [{"type": "custom", "custom": {"name": "sql", "format": {"type": "grammar"}}},
+                {"type": "custom", "name": "sql"}, {"type": "web_search"}, {"type": "web_search_preview"},
+                {"type": "code_interpreter", "container": {"type": "auto"}}])
+def test_other_kinds_of_tools_are_served_or_refused_but_not_forgotten(tool):
+    try:
+        assert len(offered(None, tool)) == 4
+    except BadRequest as error:
+        assert error.status == 400 and tool["type"] in error.message and "function" in error.message
 
 
 @cases("data, text", [(b'{"message":{"content":"a"},"done":false}\n{"error":"boom"}\n', "boom"),
@@ -1753,8 +1975,18 @@ def proxy(start, target):
     return start("--target-api", "openai")
 
 
+def turn(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def a_tool(name="look_up", **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"q": {"type": "string"}}, **parameters}}}
+
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 GENERATE = {"model": "m", "prompt": "hi"}
+HI, SYSTEM, PICTURE = turn("user", "hi"), turn("system", "Be brief."), "iVBORw0KGgo="
 
 
 # ----------------------------------------------------------------------------
@@ -2167,6 +2399,116 @@ def test_targets_without_a_list_are_trusted(start, target):
     assert start().post("/api/chat", {**CHAT, "model": "anything"}).status == 200
 
 
+TEXT, ARRAY, OBJECT, FLAG, NUMBER = "string", "array", "object", "bool", "integer"
+WRONG = {TEXT: (5, True, ["x"]), ARRAY: ("x", {"a": 1}, 5), OBJECT: ("x", ["x"], True), FLAG: ("yes", 1, {}),
+         NUMBER: ("1", True, 1.5)}
+TYPES = [       # endpoint, what a request needs besides a model, and the types of its fields
+    ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}, {
+        "model": TEXT, "messages": ARRAY, "tools": ARRAY, "options": OBJECT, "stream": FLAG, "truncate": FLAG,
+        "shift": FLAG, "logprobs": FLAG, "top_logprobs": NUMBER}),
+    ("/api/generate", {"prompt": "hi"}, {
+        "model": TEXT, "prompt": TEXT, "suffix": TEXT, "system": TEXT, "template": TEXT, "context": ARRAY,
+        "images": ARRAY, "raw": FLAG, "options": OBJECT, "stream": FLAG, "truncate": FLAG, "shift": FLAG,
+        "logprobs": FLAG, "top_logprobs": NUMBER}),
+    ("/api/embed", {"input": "hi"}, {"model": TEXT, "truncate": FLAG, "dimensions": NUMBER, "options": OBJECT}),
+    ("/api/embeddings", {"prompt": "hi"}, {"model": TEXT, "prompt": TEXT, "options": OBJECT}),
+    ("/api/show", {}, {"model": TEXT, "name": TEXT, "verbose": FLAG, "options": OBJECT, "system": TEXT}),
+    ("/api/pull", {}, {"model": TEXT, "name": TEXT, "stream": FLAG, "insecure": FLAG}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, {
+        "model": TEXT, "messages": ARRAY, "tools": ARRAY, "stream": FLAG, "stream_options": OBJECT, "options": OBJECT,
+        "max_tokens": NUMBER, "max_completion_tokens": NUMBER, "seed": NUMBER, "n": NUMBER, "logprobs": FLAG,
+        "top_logprobs": NUMBER}),
+    ("/v1/completions", {"prompt": "hi"}, {"model": TEXT, "suffix": TEXT, "stream": FLAG, "max_tokens": NUMBER}),
+    ("/v1/embeddings", {"input": "hi"}, {"model": TEXT, "dimensions": NUMBER, "encoding_format": TEXT})]
+INNER = [       # what stands inside, and what is said of it
+    ("messages", ["hi"], "string into field messages of type object"),
+    ("messages", [{"role": 5}], "number into field role of type string"),
+    ("messages", [{"role": "user", "content": 5}], "number into field content of type string"),
+    ("messages", [{"role": "user", "content": "x", "thinking": 5}], "number into field thinking of type string"),
+    ("messages", [{"role": "user", "content": "x", "images": "x"}], "string into field images of type array"),
+    ("messages", [{"role": "assistant", "tool_calls": {}}], "object into field tool_calls of type array"),
+    ("messages", [{"role": "assistant", "tool_calls": ["f"]}], "string into field tool_calls of type object"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"function": "f"}]}],
+     "string into field function of type object"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}],
+     "number into field name of type string"),
+    ("messages", [{"role": "tool", "content": "x", "tool_name": 5}], "number into field tool_name of type string"),
+    ("messages", [{"role": "tool", "content": "x", "tool_call_id": 5}],
+     "number into field tool_call_id of type string"),
+    ("tools", [5], "number into field tools of type object"), ("tools", [None], "null into field tools of type object"),
+    ("tools", [{"type": "function", "function": []}], "array into field function of type object"),
+    ("tools", [{"type": "function", "function": {"name": 5}}], "number into field name of type string"),
+    ("tools", [{"type": "function", "function": {"name": "f", "description": {}}}],
+     "object into field description of type string"),
+    ("tools", [{"type": "function", "function": {}}], "a tool has no name"),
+    ("keep_alive", "soon", 'invalid keep_alive "soon"'), ("keep_alive", True, "invalid keep_alive true"),
+    ("keep_alive", [1], "invalid keep_alive [1]"), ("keep_alive", "1d", 'invalid keep_alive "1d"'),
+    ("keep_alive", {}, "invalid keep_alive {}"), ("keep_alive", "", 'invalid keep_alive ""')]
+
+
+@cases("path, needed, kinds", TYPES, ids=[row[0] for row in TYPES])
+def test_a_wrong_type_in_any_field_is_told_in_ollamas_words_and_goes_no_further(start, target, path, needed, kinds):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    proxy = start("--target-api", "ollama" if path.startswith("/v1") else "openai")
+    for name, kind in kinds.items():
+        for value in WRONG[kind]:
+            answer = proxy.post(path, {"model": "m", **needed, name: value})
+            told = json.loads(answer.data)["error"]
+            told = told["message"] if path.startswith("/v1") else told
+            wrong = {str: "string", bool: "bool", list: "array", dict: "object"}.get(type(value), "number")
+            assert answer.status == 400, (name, value)
+            assert told == f"json: cannot unmarshal {wrong} into field {name} of type {kind}"
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("path", ["/api/chat", "/v1/chat/completions"])
+@cases("name, value, text", INNER, ids=[row[2] for row in INNER])
+def test_a_wrong_type_inside_a_field_is_told_as_well(start, target, path, name, value, text):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    answer = start("--target-api", "ollama" if path.startswith("/v1") else "openai").post(path, {**CHAT, name: value})
+    assert answer.status == 400 and text in answer.data.decode().replace('\\"', '"')
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("path, body", [("/api/generate", {"prompt": "x"}), ("/api/embed", {"input": "x"}),
+                      ("/api/embeddings", {"prompt": "x"}), ("/v1/completions", {"prompt": "x"}),
+                      ("/v1/embeddings", {"input": "x"})])
+def test_what_is_no_duration_is_refused_on_every_endpoint(start, target, path, body):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    proxy = start("--target-api", "ollama" if path.startswith("/v1") else "openai")
+    for value in ("soon", True, [1], "1d"):
+        answer = proxy.post(path, {"model": "m", **body, "keep_alive": value})
+        assert answer.status == 400 and "keep_alive" in answer.data.decode(), value
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+@cases("value", [5, {"a": 1}, [1], [["x"]], ["x", None], True])
+def test_what_cannot_be_embedded_is_refused_on_both_faces(start, target, value):
+    target.answers["/api/tags"] = http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]})
+    for api, path in (("openai", "/api/embed"), ("ollama", "/v1/embeddings")):
+        answer = start("--target-api", api).post(path, {"model": "m", "input": value})
+        assert answer.status == 400 and "invalid input" in answer.data.decode()
+
+
+@cases("value", [[1, 2], [[1, 2]], ["a", "b"], 5, {}])
+def test_a_prompt_that_an_ollama_cannot_take_is_a_clear_400(start, ollama_target, value):
+    answer = start().post("/v1/completions", {"model": "llama3", "prompt": value})
+    assert answer.status == 400 and "prompt must be one string" in json.loads(answer.data)["error"]["message"]
+
+
+@cases("path, body", [("/api/chat", b'{"model":"m","stream":false,"messages":[{"role":"user","content":"%b"}]}'),
+                      ("/api/generate", b'{"model":"m","stream":false,"prompt":"%b"}')])
+@cases("text, wanted", [("Gr\u00fc\u00dfe".encode("latin-1"), "Gr\ufffd\ufffde"), (b"cut \\ud83d", "cut \ufffd"),
+                        (b"\\ud83d\\ude00", "\U0001f600"), (b"\\ude00\\ud83d x", "\ufffd\ufffd x"),
+                        (b"\xed\xa0\xbd", None)])
+def test_text_that_is_no_utf8_is_served_as_go_reads_it(start, target, path, body, text, wanted):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    assert start().post(path, body % text).status == 200
+    sent = target.calls("/v1/chat/completions")[-1]
+    assert sent.json["messages"][0]["content"] == wanted or wanted is None
+    assert not re.search(rb"\\ud[89a-f]", re.sub(rb"\\ud[89ab]..\\ud[c-f]..", b"", sent.data)), "half a pair"
+
+
 # -- names, filter, aliases
 
 
@@ -2259,6 +2601,313 @@ def test_the_length_that_head_tells_is_the_targets(start, target):
         answer = proxy.call("HEAD", path)
         assert answer.headers["Content-Length"] == "1234" and answer.data == b""
     assert proxy.get("/v1/models") == LIST
+
+
+ZSTD = b"\x28\xb5\x2f\xfd\x20\x1d\xe9\x00\x00" + b'{"model":"m","input":"hello"}'      # one raw block
+OPAQUE = [      # path, media type, body: what holds no name that we could read
+    ("/v1/realtime/calls?model=m:latest", "application/sdp", b"v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\n"),
+    ("/v1/audio/speech", "application/octet-stream", b"\x00\x01\xff{\"model\":\"m:latest\"}"),
+    ("/v1/files/f/content", "text/csv", b'model,"m:latest"\n1,2\n'),
+    ("/v1/x", "application/xml", b'<model>"m:latest"</model>'),
+    ("/v1/x", "image/png", b"\x89PNG\r\n\x1a\n"), ("/v1/x", "text/plain", b"model: m:latest"),
+    ("/v1/x", "text/event-stream", b'data: {"model":"m:latest"}\n\n'), ("/v1/x", "", b"\xff\xfe\x00"),
+    ("/v1/x", "", b"just text"),
+    ("/v1/x", "application/x-www-form-urlencoded", b"model=m%3Alatest&a=1"),
+    ("/v1/x", "application/x-ndjson", b'{"a":1}\n{"model":"m:latest"}\n'),
+    ("/v1/x", "application/jsonl", b'{"model":"m:latest"}\n{"model":"m:latest"}\n'),
+    ("/v1/files", "multipart/form-data; boundary=b",
+     b"--b\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n{}\r\n--b--\r\n")]
+
+
+@cases("path, media_type, body", OPAQUE, ids=[f"{row[1]} {row[2][:9]}" for row in OPAQUE])
+def test_what_is_no_json_is_relayed_as_it_is(proxy, target, path, media_type, body):
+    target.answers[path.partition("?")[0]] = http_answer(b"v=0\r\n", 201, "application/sdp", "Location: /v1/calls/1")
+    for method in ("POST", "PUT", "PATCH"):
+        answer = proxy.call(method, path, body, {"Content-Type": media_type} if media_type else {})
+        assert (answer.status, answer.data, answer.headers["Location"]) == (201, b"v=0\r\n", "/v1/calls/1")
+        sent = target.received[-1]
+        assert (sent.method, sent.path, sent.data) == (method, path, body)
+        assert sent.headers.get("content-type", "") == media_type
+
+
+@cases("path, media_type, body", OPAQUE, ids=[f"{row[1]} {row[2][:9]}" for row in OPAQUE])
+def test_what_cannot_be_read_does_not_pass_a_filter(start, target, path, media_type, body):
+    Path("models-filter.txt").write_text("other\n")
+    proxy = start("--target-api", "openai")
+    for method in ("POST", "PUT", "PATCH"):
+        answer = proxy.call(method, path, body, {"Content-Type": media_type} if media_type else {})
+        assert answer.status in (400, 404, 415) and set(json.loads(answer.data)["error"]) == {
+            "message", "type", "param", "code"}
+    assert not [request for request in target.received if request.method != "GET"]
+
+
+@cases("media_type", ["application/json", "application/json; charset=utf-8", "application/vnd.api+json",
+                      "APPLICATION/JSON", "", "text/plain", "application/x-www-form-urlencoded"])
+def test_what_says_it_is_json_or_looks_like_it_has_its_name_resolved(proxy, target, media_type):
+    target.answers["/v1/responses"] = http_answer({"id": "resp_1"})
+    headers = {"Content-Type": media_type} if media_type else {}
+    assert proxy.post("/v1/responses", b' {"model": "m:latest", "input": "x"}', headers).status == 200
+    assert target.received[-1].data == b' {"model": "m", "input": "x"}'
+
+
+def test_what_says_it_is_json_and_is_none_is_a_400(proxy, target):
+    for body in (b"{broken", b"[1, 2]", b'"m"'):
+        answer = proxy.post("/v1/responses", body, {"Content-Type": "application/json"})
+        assert answer.status == 400 and json.loads(answer.data)["error"]["type"] == "invalid_request_error"
+    assert not target.calls("/v1/responses")
+
+
+@cases("coding, packed", [("zstd", ZSTD), ("br", b"\x0b\x02\x80abc\x03"), ("compress", b"\x1f\x9d\x90"),
+                          ("gzip, zstd", ZSTD), ("aes128gcm", b"\x00" * 30)], ids=lambda value: str(value)[:12])
+def test_what_is_compressed_as_we_cannot_read_passes_unless_a_filter_must_see_it(start, target, coding, packed):
+    target.answers.update({path: http_answer({"id": "resp_1"}) for path in ("/v1/responses", "/v1/chat/completions")})
+    headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    assert start("--target-api", "openai").post("/v1/responses", packed, headers).status == 200
+    sent = target.calls("/v1/responses")[0]
+    plain = sent.data == ZSTD[9:] and "content-encoding" not in sent.headers     # where Python can unpack it
+    assert plain or (sent.data, sent.headers["content-encoding"], sent.headers["content-type"]) == (
+        packed, coding, "application/json")
+    Path("models-filter.txt").write_text("other\n")
+    filtered = start("--target-api", "openai")
+    for path in ("/v1/responses", "/v1/chat/completions"):
+        assert filtered.post(path, packed, headers).status in (404, 415)
+    assert len(target.calls("/v1/responses")) == 1 and not target.calls("/v1/chat/completions")
+
+
+def a_form(*fields, boundary="XyZ"):
+    """multipart/form-data; a field is a name, its content and whatever else its head says."""
+    parts = b""
+    for name, content, *more in fields:
+        head = "\r\n".join([f'Content-Disposition: form-data; name="{name}"' + "".join(more[:1]), *more[1:]])
+        parts += b"--%b\r\n%b\r\n\r\n%b\r\n" % (boundary.encode(), head.encode(), content)
+    return parts + b"--%b--\r\n" % boundary.encode()
+
+
+AUDIO = b"RIFF\x00\x01\r\n--Xy\x00\xff" * 50
+FILE = ("file", AUDIO, '; filename="a.wav"', "Content-Type: audio/wav")
+FORMS = [       # the fields, in which {} is the name of the model
+    ("model first", [("model", b"{}"), FILE]), ("model last", [FILE, ("language", b"en"), ("model", b"{}")]),
+    ("a type of its own", [("model", b"{}", "", "Content-Type: text/plain"), FILE]),
+    ("a file of that name", [("file", b"m:latest", '; filename="model"'), ("model", b"{}")]),
+    ("a prompt about models", [("prompt", b'say name="model"\r\n\r\nm:latest\r\n'), ("model", b"{}")]),
+    ("a file about models", [("file", a_form(("model", b"m:latest"), boundary="x"), '; filename="a"'),
+                             ("model", b"{}")])]
+
+
+@cases("path", ["/v1/audio/transcriptions", "/v1/images/edits"])
+@cases("name, fields", FORMS, ids=[row[0] for row in FORMS])
+def test_names_in_forms_are_resolved_and_all_other_bytes_stay(start, target, path, name, fields):
+    target.answers[path] = http_answer({"text": "hello"})
+    proxy = start("--target-api", "openai", "--alias", "whisper-1=vendor/big:free")
+    headers = {"Content-Type": 'multipart/form-data; boundary="XyZ"'}
+    for given, wanted in (("whisper-1", "vendor/big:free"), ("m:latest", "m"), ("m", "m"), ("nowhere", "nowhere")):
+        body, right = (a_form(*[(field[0], field[1].replace(b"{}", model.encode()), *field[2:]) for field in fields])
+                       for model in (given, wanted))
+        assert proxy.post(path, body, headers).status == 200
+        assert target.calls(path)[-1].data == right, given
+
+
+@cases("name, fields", FORMS, ids=[row[0] for row in FORMS])
+def test_a_form_cannot_smuggle_a_hidden_name_past_a_filter(start, target, name, fields):
+    Path("models-filter.txt").write_text("m\n")
+    target.answers["/v1/audio/transcriptions"] = http_answer({"text": "hello"})
+    proxy = start("--target-api", "openai")
+    for model, status in ((b"qwen3:8b", 404), (b"m", 200)):
+        body = a_form(*[(field[0], field[1].replace(b"{}", model), *field[2:]) for field in fields])
+        headers = {"Content-Type": "multipart/form-data; boundary=XyZ"}
+        assert proxy.post("/v1/audio/transcriptions", body, headers).status == status
+    assert len(target.calls("/v1/audio/transcriptions")) == 1
+
+
+@cases("second", ['name="model"', "name=model", 'name="model"; filename="x"', 'NAME="model"'])
+def test_a_second_name_in_a_form_does_not_pass_a_filter(start, target, second):
+    Path("models-filter.txt").write_text("m\n")
+    target.answers["/v1/audio/transcriptions"] = http_answer({"text": "hello"})
+    form = a_form(("model", b"m"), FILE, ("other", b"qwen3:8b")).replace(b'name="other"', second.encode())
+    headers = {"Content-Type": "multipart/form-data; boundary=XyZ"}
+    proxy = start("--target-api", "openai")
+    assert proxy.post("/v1/audio/transcriptions", form, headers).status in (400, 404)
+    assert not target.calls("/v1/audio/transcriptions")
+
+
+@cases("path", ["/v1/models/m/endpoints", "/v1/models/vendor/big:free/endpoints", "/v1/models/not-listed",
+                "/v1/models/not/listed/at-all", "/v1/models/m/versions/2?a=b"])
+def test_what_stands_below_models_is_the_targets_affair(start, target, path):
+    target.answers[path.partition("?")[0]] = http_answer({"data": {"endpoints": [1]}})
+    proxy = start("--target-api", "openai")
+    assert proxy.get(path) == {"data": {"endpoints": [1]}} and target.received[-1].path == path
+    target.answers[path.partition("?")[0]] = http_answer({"error": {"message": "no such thing", "code": 7}}, 404)
+    answer = proxy.call("GET", path)
+    assert answer.status == 404 and json.loads(answer.data) == {"error": {"message": "no such thing", "code": 7}}
+
+
+@cases("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank"])
+def test_names_that_stand_in_no_list_are_the_targets_affair_unless_a_filter_is_set(start, target, path):
+    target.answers[path] = http_answer({"id": "x"})
+    body = {"model": "team-alias", "input": "x", "prompt": "x", "messages": [HI], "documents": []}
+    assert start("--target-api", "openai").post(path, body).status == 200
+    assert target.calls(path)[0].json == body
+    Path("models-filter.txt").write_text("m\n")
+    filtered = start("--target-api", "openai")
+    assert filtered.post(path, body).status == 404 and len(target.calls(path)) == 1
+    assert filtered.post(path, {**body, "model": "m"}).status == 200
+    assert filtered.post("/api/chat", {"model": "team-alias", "messages": [HI]}).status == 404
+
+
+def test_ollama_clients_are_told_404_for_names_that_stand_in_no_list(proxy, target):
+    for path, body in (("/api/chat", {"messages": [HI]}), ("/api/generate", {"prompt": "x"}),
+                       ("/api/embed", {"input": "x"})):
+        answer = proxy.post(path, {"model": "team-alias", **body})
+        assert answer.status == 404 and "team-alias" in json.loads(answer.data)["error"]
+    assert not [request for request in target.received if request.method == "POST"]
+
+
+def test_a_target_that_wants_more_reasoning_is_not_given_less(start, target):
+    text = "The `reasoning_content` in the thinking mode must be passed back to the API."
+    turns = [HI, turn("assistant", "b", reasoning_content="because"), HI, calling(("read", {}, "c1")),
+             result("d", tool_call_id="c1")]
+
+    def script(talk):
+        talk.released = True
+        kept = {"reasoning_content" in message for message in talk.request.json["messages"]
+                if message["role"] == "assistant"}
+        talk.send(http_answer({"error": {"message": text}}, 400) if len(kept) > 1 else http_answer(WHOLE))
+
+    target.answers["/v1/chat/completions"] = script
+    answer = start("--target-api", "openai").post("/v1/chat/completions", {"model": "m", "messages": turns})
+    assert answer.status == 400 and json.loads(answer.data)["error"]["message"] == text
+    assert all(request.json["messages"] == turns for request in target.calls("/v1/chat/completions"))
+
+
+@cases("text", ["messages[1].reasoning_content is required in thinking mode", "Missing `reasoning_content` field",
+                "options must be provided", "format is missing", "`think` needs to be set for this model"])
+def test_a_relay_leaves_nothing_out_that_the_target_asks_for(start, target, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, 400)
+    body = {"model": "m", "think": True, "format": "json", "options": {"num_ctx": 5},
+            "messages": [HI, turn("assistant", "a", reasoning_content="b"), HI]}
+    answer = start("--target-api", "openai").post("/v1/chat/completions", body)
+    assert answer.status == 400 and [request.json for request in target.calls("/v1/chat/completions")] == [body]
+
+
+@cases("argv, authorization, travels", [
+    ([], "Bearer sk-client-own-key", False), (["--api-key", "sk-upstream-key"], "Bearer sk-client-own-key", False),
+    (["--api-key", "sk-upstream-key"], None, False), (["--forward-auth"], "Bearer sk-client-own-key", True),
+    (["--forward-auth", "--api-key", "sk-upstream-key"], "Bearer sk-client-own-key", True),
+    (["--forward-auth", "--api-key", "sk-upstream-key"], "Bearer ollama", False)])
+@cases("path", ["/v1/chat/completions", "/v1/files"])
+def test_whose_account_pays_is_told_beside_the_clients_own_key_alone(start, target, path, argv, authorization, travels):
+    target.answers[path] = http_answer(WHOLE)
+    headers = {"OpenAI-Organization": "org-client", "OpenAI-Project": "proj_client", "X-Trace": "1"}
+    headers.update({"Authorization": authorization} if authorization else {})
+    assert start("--target-api", "openai", *argv).post(path, CHAT, headers).status == 200
+    sent = target.calls(path)[-1].headers
+    assert sent["x-trace"] == "1" and ("openai-organization" in sent) is ("openai-project" in sent) is travels
+    ours = "Bearer sk-upstream-key" if "--api-key" in argv else None
+    assert sent.get("authorization") == (authorization if travels else ours)
+
+
+@cases("path", ["/v1/responses", "/v1/realtime?model=m", "/v1/models", "/api/chat"])
+def test_a_websocket_is_426_at_once_and_the_target_is_not_asked(start, target, path):
+    proxy = start("--target-api", "openai")
+    headers = ("Connection: Upgrade", "Upgrade: WebSocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
+    with proxy.dial() as sock:
+        sock.sendall(http_request("GET", path, b"", *headers))
+        head = read_until(sock, b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 426 ") and b"\r\nUpgrade: HTTP/1.1\r\n" in head and not target.received
+
+
+def test_another_upgrade_is_no_reason_to_refuse(proxy, target):
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAM"}
+    assert proxy.call("GET", "/v1/models", None, headers).status == 200
+    assert not {"upgrade", "http2-settings"} & set(target.received[-1].headers)
+
+
+def test_what_cannot_get_better_says_so_to_sdks(start, target):
+    Path("models-filter.txt").write_text("m\n")
+    proxy = start("--target-api", "openai", "--client-key", "door-key")
+    key = {"Authorization": "Bearer door-key"}
+    for status, method, path, body, headers in (
+            (401, "POST", "/v1/chat/completions", CHAT, {}),
+            (404, "POST", "/v1/chat/completions", {**CHAT, "model": "nope"}, key),
+            (404, "POST", "/v1/messages", {**CHAT, "model": "nope"}, key), (404, "GET", "/v1/models/nope", None, key),
+            (400, "POST", "/v1/responses", b"{broken", {**key, "Content-Type": "application/json"}),
+            (405, "TRACE", "/v1/x", None, key),
+            (413, "POST", "/v1/chat/completions", b"x", {**key, "Content-Length": "999999999"})):
+        with proxy.dial() as sock:
+            data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+            length = () if "Content-Length" in headers else (f"Content-Length: {len(data)}",)
+            lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *length]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+            head = read_until(sock, b"\r\n\r\n").lower()
+        assert head.startswith(b"http/1.1 %d " % status), (status, head)
+        assert b"\r\nx-should-retry: false\r\n" in head, status
+    assert "x-should-retry" not in proxy.post("/api/chat", {**CHAT, "model": "nope"}, key).headers
+
+
+@cases("status", [400, 429, 500, 503])
+def test_what_a_target_says_of_its_own_errors_is_left_to_it(start, target, status):
+    proxy, told = start("--target-api", "openai"), ("x-should-retry: true",)
+    for headers in (told, ()):
+        target.answers["/v1/chat/completions"] = http_answer({"error": "x"}, status, "application/json", *headers)
+        answer = proxy.post("/v1/chat/completions", CHAT)
+        assert answer.headers.get("x-should-retry") == ("true" if headers else None)
+
+
+def test_a_target_that_is_down_may_be_asked_again(start):
+    proxy = start("--target", "http://127.0.0.1:9", "--target-api", "openai")
+    answer = proxy.post("/v1/chat/completions", CHAT)
+    assert answer.status == 502 and "x-should-retry" not in answer.headers
+
+
+def test_head_and_pings_of_a_stream_reach_the_client_as_they_come(start, target):
+    def script(talk):
+        talk.send(stream_head())
+        assert talk.target.go.wait(PATIENCE)
+        talk.send(chunk(b": keep-alive\n\n"))
+        talk.wait_closed()
+
+    target.answers["/v1/responses"] = script
+    with start("--target-api", "openai").dial() as sock:
+        sock.sendall(http_request("POST", "/v1/responses", {"model": "m", "stream": True}))
+        assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        target.go.set()
+        assert b": keep-alive\n\n" in read_until(sock, b"keep-alive\n\n")
+
+
+@cases("path", ["/v1/chat/completions", "/api/chat"])
+def test_a_target_that_refuses_before_it_has_read_the_body_is_heard(start, target, path):
+    refusal = {"error": {"message": "request entity too large"}}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                with sock:
+                    listed = read_until(sock, b"\r\n\r\n").startswith(b"GET /v1/models ")
+                    status = (LIST, 200) if listed else (refusal, 413)
+                    sock.sendall(http_answer(*status, "application/json", "Connection: close"))
+                    sock.shutdown(socket.SHUT_WR)
+                    read_all(sock)      # what still comes, so that nothing resets the connection
+
+        threading.Thread(target=serve, daemon=True).start()
+        proxy = start("--target", f"http://127.0.0.1:{listener.getsockname()[1]}", "--target-api", "openai")
+        answer = proxy.post(path, {**CHAT, "stream": False, "messages": [turn("user", "x" * 3_000_000)]})
+        shut(listener)
+    assert answer.status == 413 and b"too large" in answer.data
+
+
+def test_compression_that_nobody_asked_for_is_unpacked_or_labelled(start, target):
+    plain = b'{"object":"list","data":[]}'
+    target.answers["/v1/files"] = http_answer(gzip.compress(plain), 200, "application/json", "Content-Encoding: gzip")
+    target.answers["/v1/odd"] = http_answer(b"\x0b\x02\x80abc\x03", 200, "application/json", "Content-Encoding: br")
+    proxy = start("--target-api", "openai")
+    answer = proxy.call("GET", "/v1/files")
+    assert answer.data == plain and "content-encoding" not in answer.headers
+    answer = proxy.call("GET", "/v1/odd")
+    assert answer.status == 502 or answer.headers["Content-Encoding"] == "br"
 
 
 def test_errors_of_the_target_are_relayed_as_they_are(proxy, target):
@@ -2366,6 +3015,738 @@ def test_tools_messages_and_images_are_never_dropped(start, target, message):
     answer = start().post("/api/chat", {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]})
     assert answer.status == 400 and json.loads(answer.data) == {"error": message}
     assert all("tools" in request.json for request in target.calls("/v1/chat/completions"))
+
+
+# How servers say what they do not take: who says it, in what words.  Numbers and names are those of the requests here.
+
+def roles(body):
+    return [message["role"] for message in body["messages"]]
+
+
+def said(body):
+    """All that the model reads in the turns of a request."""
+    contents = [message.get("content") or "" for message in body["messages"]]
+    return "\n".join(part.get("text", "") for content in contents
+                     for part in ([{"text": content}] if isinstance(content, str) else content))
+
+
+def names_in(body):
+    """The names of tools in the list, and in the calls of the history."""
+    calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
+    return [entry["function"]["name"] for entry in body.get("tools", []) + calls]
+
+
+def ids_in(body):
+    turns = body["messages"]
+    return [call["id"] for message in turns for call in message.get("tool_calls", ())] \
+        + [message["tool_call_id"] for message in turns if "tool_call_id" in message]
+
+
+def fitting(request):
+    """An answer in the form that was asked for."""
+    if "input" in request.json:
+        return http_answer({"data": [{"index": at, "embedding": [float(len(text)), 0.5]}
+                                     for at, text in enumerate(request.json["input"])],
+                            "usage": {"prompt_tokens": len(request.json["input"])}})
+    return http_stream(HELLO) if request.json.get("stream") else http_answer(WHOLE)
+
+
+def reluctant(*refusals):
+    """A target that refuses with each of these texts or (status, body), and then answers."""
+    left = list(refusals)
+
+    def script(talk):
+        talk.released = True
+        status, body = left.pop(0) if left and isinstance(left[0], tuple) else (400, left.pop(0) if left else None)
+        body = {"error": {"message": body}} if isinstance(body, str) else body
+        talk.send(fitting(talk.request) if body is None else http_answer(body, status))
+
+    return script
+
+
+def answered(proxy, request):
+    """The answer to a chat or to texts to embed, which must be whole."""
+    answer = proxy.post("/api/embed" if "input" in request else "/api/chat", {"model": "m", **request})
+    assert answer.status == 200, answer.data
+    last = json.loads(answer.data.splitlines()[-1])
+    assert last["done"] is True if "messages" in request else len(last["embeddings"]) == len(request["input"])
+    return last
+
+
+def lessons_in(proxy):
+    """What the log tells of what was learned; the access line of a later request says that it is all there."""
+    proxy.call("GET", "/health")
+    proxy.wait_logged("/health")
+    return [line for line in proxy.logged + proxy.errors if "from now on" in line]
+
+
+CALLED = [turn("user", "go"), calling(("look.up", {"q": "x"}, "functions.f:0")),
+          result("r", tool_call_id="functions.f:0")]
+LONG_ID = "call_" + "x" * 40
+FORMAT = {"type": "object", "properties": {"age": {"type": "integer"}}}
+BOUNDED = {"properties": {"a": {"type": "array"}, "b": {"type": "string", "pattern": "a+", "maxLength": 500000},
+                          "c": {"$ref": "#/$defs/C"}}, "additionalProperties": False,
+           "$defs": {"C": {"type": "integer", "exclusiveMinimum": 0}}}
+WORDS = " ".join(f"word{at}" for at in range(992))
+THOUGHT = [turn("user", "a"), turn("assistant", "b", thinking="because"), turn("user", "c"), calling(("f", {})),
+           result("r")]
+
+
+def plain_tools(body):
+    text = json.dumps(body["tools"])
+    found = body["tools"][0]["function"]["parameters"]["properties"]
+    return not re.search("pattern|maxLength|additional|defs|ref|Minimum", text) and "items" in found["a"] \
+        and [found["b"]["type"], found["c"]["type"]] == ["string", "integer"]
+
+
+def in_words(body):
+    return "response_format" not in body and "age" in said(body)
+
+
+NAME, BEGUN_WELL = "[A-Za-z0-9_-]{1,64}", "[A-Za-z_][A-Za-z0-9_-]{0,63}"
+OTHERWISE = [
+    # (what is refused, a request, how it must come the second time, a later request and how it must come at once; none
+    #  where the same comes right at once, in whose words)
+    ("a limit", {"messages": [HI], "options": {"num_predict": 100000}},
+     lambda body: body.get("max_tokens") == 8192 and "max_completion_tokens" not in body,
+     ({"messages": [HI], "options": {"num_predict": 50}}, lambda body: body.get("max_tokens") == 50), {
+     "DeepSeek": "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+     "DashScope": "<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 8192]",
+     "OpenAI": "max_tokens is too large: 100000. This model supports at most 8192 completion tokens, whereas you "
+               "provided 100000.",
+     "Azure": "Invalid 'max_tokens': integer above maximum value. Expected a value <= 8192, but got 100000 instead.",
+     "Claude": "max_tokens: 100000 > 8192, which is the maximum allowed number of output tokens for claude-x",
+     "a gateway": "max_tokens (100000) exceeds model's maximum output tokens (8192) for model m",
+     "Ark": "The parameter `max_tokens` specified in the request are not valid: integer above maximum value, expected "
+            "a value <= 8192, but got 100000 instead. Request id: 1",
+     "Groq": "max_tokens must be less than or equal to 8192, the maximum value for max_tokens is less than the "
+             "context_window for this model",
+     "Cohere": "invalid request: max_tokens must be less than or equal to 8192, the maximum output length for this "
+               "model - received 100000."}),
+    ("a temperature", {"messages": [HI], "options": {"temperature": 1.9, "num_predict": 9}},
+     lambda body: 0.9 <= body.get("temperature", 1) <= 1 and body["max_tokens"] == 9,
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "OpenAI": "Invalid 'temperature': decimal above maximum value. Expected a value <= 1, but got 1.9 instead.",
+     "Claude": "temperature: range: 0..1", "DashScope": "Temperature should be in [0.0, 1.0]",
+     "Mistral": (422, {"detail": [{"type": "less_than_equal", "loc": ["body", "temperature"], "input": 1.9,
+                                   "msg": "Input should be less than or equal to 1"}]}),
+     "Zhipu": "temperature must be between 0 and 1"}),
+    ("a pair", {"messages": [HI], "options": {"temperature": 0.5, "top_p": 0.9}},
+     lambda body: len({"temperature", "top_p"} & set(body)) == 1,
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "Claude": "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
+     "Bedrock": "The model returned the following errors: 'temperature' and 'top_p' cannot both be specified for this "
+                "model. Please use only one."}),
+    ("neighbours", {"messages": [SYSTEM, turn("user", "It is cold.", images=[PICTURE]), turn("user", "What helps?")]},
+     lambda body: roles(body) == ["system", "user"], None, {
+     "llama.cpp": (500, {"error": {"code": 500, "type": "server_error", "message":
+                   "\n------------\nWhile executing CallExpression at line 19, column 27 in source:\n... Error: Jinja "
+                   "Exception: Conversation roles must alternate user/assistant/user/assistant/..."}}),
+     "Ministral": (500, {"error": {"message": "Jinja Exception: After the optional system message, conversation roles "
+                   "must alternate user and assistant roles except for tool calls and results."}}),
+     "Perplexity": "After the (optional) system message(s), user or tool message(s) should alternate with assistant "
+                   "message(s).",
+     "DeepSeek": "deepseek-reasoner does not support successive user or assistant messages (messages[1] and "
+                 "messages[2] in your input). You should interleave the user/assistant messages in the message "
+                 "sequence.",
+     "Bedrock": "A conversation must alternate between user and assistant roles. Make sure the conversation "
+                "alternates between user and assistant roles and try again.",
+     "Claude": 'messages: roles must alternate between "user" and "assistant", but found multiple "user" roles in a '
+               'row', "Gemini": "Please ensure that multiturn requests alternate between user and model."}),
+    ("a late system turn", {"messages": [SYSTEM, HI, turn("assistant", "ok"), turn("system", "Mind the gap."), HI]},
+     lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
+     "Qwen": (500, {"error": {"message": "Jinja Exception: System message must be at the beginning."}}),
+     "Mistral": "Unexpected role 'system' after role 'assistant'", "vLLM": "System message must be at the beginning.",
+     "Mistral's template": (500, {"error": {"message": "Jinja Exception: Only user, assistant and tool roles are "
+                            "supported, with the exception of an initial optional system message!"}})}),
+    ("system turns", {"messages": [SYSTEM, HI]}, lambda body: roles(body) == ["user"], None, {
+    "Gemma": (500, {"error": {"message": "Jinja Exception: System role not supported"}}),
+    "Google": "Developer instruction is not enabled for models/gemma-3-27b-it",
+    "o1": "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+    "Claude": 'messages: Unexpected role "system". The Messages API accepts a top-level `system` parameter, not '
+              '"system" as an input message role.', "MiniMax": "invalid params, invalid message role: system (2013)",
+    "a template": "Only user, assistant and tool roles are supported, got system."}),
+    ("an unknown role", {"messages": [turn("control", "thinking"), HI]}, lambda body: roles(body)[1:] == ["user"]
+     and roles(body)[0] in ("system", "user"), None, {
+    "OpenAI": "Invalid value: 'control'. Supported values are: 'system', 'assistant', 'user', 'function', 'tool', and "
+              "'developer'.",
+    "DeepSeek": "Failed to deserialize the JSON body into the target type: messages[0].role: unknown variant "
+                "`control`, expected one of `system`, `user`, `assistant`, `tool` at line 1 column 60",
+    "Ark": "The parameter `messages.role` specified in the request are not valid: invalid value: `control`, supported "
+           "values are [system user assistant tool]", "Kimi": "role 'control' is not a valid role",
+    "DashScope": "control is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.[0].role'",
+    "Mistral": "Input tag 'control' found using 'role' does not match any of the expected tags: 'system', 'user', "
+               "'assistant', 'tool'", "a template": (500, {"error": {"message": "Unexpected message role."}})}),
+    ("empty text", {"messages": [turn("user", "go"), turn("assistant", ""), turn("user", " "), calling(("rm", {})),
+                             result(""), turn("user", "and?")], "tools": [a_tool("rm")]},
+     lambda body: all((message["content"] or "").strip() or message.get("tool_calls") for message in body["messages"])
+     and roles(body)[-3:] == ["assistant", "tool", "user"], None, {
+     "Bedrock": "litellm.BadRequestError: BedrockException - {\"message\":\"The text field in the ContentBlock object "
+                "at messages.2.content.0 is blank. Add text to the text field, and try again.\"}",
+     "Converse": "The content field in the Message object at messages.2 is empty. Add a ContentBlock object to the "
+                 "content field and try again.",
+     "Claude": "messages.2: all messages must have non-empty content except for the optional final assistant message",
+     "Claude's blocks": "messages: text content blocks must be non-empty",
+     "Claude's white space": "messages: text content blocks must contain non-whitespace text",
+     "Moonshot": "Invalid request: the message at position 3 with role 'assistant' must not be empty",
+     "xAI": (400, {"code": "Client specified an invalid argument", "error": "Invalid request content: Each message "
+                   "must have at least one content element."}),
+     "Gemini": [{"error": {"code": 400, "message": "* GenerateContentRequest.contents[1].parts: contents.parts must "
+                                                   "not be empty."}}]}),
+    ("names of tools", {"messages": CALLED, "tools": [a_tool("look.up"), a_tool("look/up"), a_tool("n" * 70)]},
+     lambda body: len(set(names_in(body))) == 3 and all(re.fullmatch(NAME, name) for name in names_in(body)), None, {
+     "OpenAI": (400, {"error": {"param": "tools[0].function.name", "code": "invalid_value", "message":
+                "Invalid 'tools[0].function.name': string does not match pattern. Expected a string that matches the "
+                "pattern '^[a-zA-Z0-9_-]+$'."}}),
+     "OpenAI's length": "Invalid 'tools[2].function.name': string too long. Expected a string with maximum length 64, "
+                        "but got a string with length 70 instead.",
+     "OpenAI's history": "Invalid 'messages[1].tool_calls[0].function.name': string does not match pattern. Expected "
+                         "a string that matches the pattern '^[a-zA-Z0-9_-]+$'.",
+     "Claude": "tools.0.custom.name: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'",
+     "Mistral": "Function name was look.up but must be a-z, A-Z, 0-9, or contain underscores and dashes, with a "
+                "maximum length of 64.",
+     "Moonshot": "Invalid request: function name is invalid, must start with a letter and can contain letters, "
+                 "numbers, underscores, and dashes",
+     "Gemini": "* GenerateContentRequest.tools[0].function_declarations[1].name: Invalid function name. Must start "
+               "with a letter or an underscore. Must be alphameric (a-z, A-Z, 0-9), underscores (_), dots (.) or "
+               "dashes (-), with a maximum length of 64.",
+     "Bedrock": "1 validation error detected: Value 'look.up' at 'toolConfig.tools.1.member.toolSpec.name' failed to "
+                "satisfy constraint: Member must satisfy regular expression pattern: [a-zA-Z0-9_-]+"}),
+    ("names that begin with a digit", {"messages": [HI], "tools": [a_tool("2nd"), a_tool("-x"), a_tool("1.st")]},
+     lambda body: len(set(names_in(body))) == 3
+     and all(re.fullmatch(BEGUN_WELL, name) for name in names_in(body)), None, {
+     "Moonshot": "function name is invalid, must start with a letter and can contain letters, numbers, underscores, "
+                 "and dashes",
+     "Gemini": "* GenerateContentRequest.tools[0].function_declarations[0].name: [FIELD_INVALID] Invalid function "
+               "name. Must start with a letter or an underscore. Must be a-z, A-Z, 0-9, or contain underscores "
+               "(_), dots (.), colons (:), or dashes (-), with a maximum length of 64."}),
+    ("names in a history without tools", {"messages": CALLED},
+     lambda body: re.fullmatch(NAME, names_in(body)[0]), None, {
+     "OpenAI": "Invalid 'messages[1].tool_calls[0].function.name': string does not match pattern. Expected a string "
+               "that matches the pattern '^[a-zA-Z0-9_-]+$'."}),
+    ("ids of calls", {"messages": CALLED}, lambda body: len(ids_in(body)) == 2 and len(set(ids_in(body))) == 1
+     and re.fullmatch(NAME, ids_in(body)[0]), None, {
+     "Claude": '{"type":"error","error":{"type":"invalid_request_error","message":"messages.1.content.0.tool_use.id: '
+               'String should match pattern \'^[a-zA-Z0-9_-]+$\'"}}',
+     "Mistral": "Tool call id was functions.f:0 but must be a-z, A-Z, 0-9, with a length of 9.",
+     "Bedrock": "1 validation error detected: Value 'functions.f:0' at 'messages.2.member.content.1.member.toolUse."
+                "toolUseId' failed to satisfy constraint: Member must satisfy regular expression pattern: "
+                "[a-zA-Z0-9_-]+"}),
+    ("long ids of calls", {"messages": [turn("user", "go"), calling(("f", {}, LONG_ID)),
+                                        result("r", tool_call_id=LONG_ID)]},
+     lambda body: len(set(ids_in(body))) == 1 and len(ids_in(body)[0]) <= 40, None, {
+     "OpenAI": "Invalid 'messages[1].tool_calls[0].id': string too long. Expected a string with maximum length 40, "
+               "but got a string with length 45 instead.",
+     "OpenAI's results": "Invalid 'messages[2].tool_call_id': string too long. Expected a string with maximum length "
+                         "40, but got a string with length 45 instead."}),
+    ("a schema of a tool", {"messages": [HI], "tools": [a_tool("f", **BOUNDED)]}, plain_tools, None, {
+    "Gemini": [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": 'Invalid JSON payload received. '
+                'Unknown name "additionalProperties" at \'tools[0].function_declarations[0].parameters\': Cannot find '
+                'field.'}}],
+    "Gemini's items": "* GenerateContentRequest.tools[0].function_declarations[0].parameters.properties[a].items: "
+                      "missing field.",
+    "Vertex": "Unable to submit request because `f` functionDeclaration `parameters.c` schema didn't specify the "
+              "schema type field.",
+    "OpenAI": "Invalid schema for function 'f': In context=('properties', 'a'), array schema missing items.",
+    "Claude": "tools.0.custom.input_schema: JSON schema is invalid. It must match JSON Schema draft 2020-12",
+    "Moonshot": "Invalid request: tools.function.parameters is not a valid moonshot flavored json schema, details: "
+                "<At path 'properties.a.items': type is not defined>",
+    "llama.cpp": "Failed to initialize samplers: failed to parse grammar",
+    "llama.cpp's templates": "Unable to generate parser for this template. Automatic parser generation failed: JSON "
+                             "schema conversion failed:\nUnrecognized schema: {\"not\":{}}",
+    "llama.cpp's patterns": (500, {"error": {"code": 500, "message": "JSON schema conversion failed:\nPattern must "
+                                   "start with '^' and end with '$'"}}),
+    "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
+    "vLLM's guidance": 'Grammar error: Unimplemented keys: ["propertyNames"]',
+    "Cerebras": "Unsupported JSON schema fields: {'pattern'}"}),
+    ("a schema beside tools", {"messages": [HI], "tools": [a_tool()], "format": FORMAT}, in_words,
+     ({"messages": [HI], "format": FORMAT}, lambda body: "response_format" in body), {
+     "Gemini": [{"error": {"code": 400, "message": "Function calling with a response mime type: 'application/json' is "
+                                                   "unsupported"}}],
+     "Gemini, forced": "Forced function calling (ANY mode) with response mime type: 'application/json' is unsupported",
+     "Groq": "json mode cannot be combined with tool/function calling",
+     "llama.cpp": "Cannot use custom grammar constraints with tools.",
+     "Cerebras": '"tools" is incompatible with "response_format"'}),
+    ("JSON beside tools", {"messages": [HI], "tools": [a_tool()], "format": "json"},
+     lambda body: "response_format" not in body and "JSON" in said(body),
+     ({"messages": [HI], "format": "json"}, lambda body: "response_format" in body), {
+     "Gemini": "Function calling with a response mime type: 'application/json' is unsupported",
+     "Groq": "json mode cannot be combined with tool/function calling",
+     "Cerebras": '"tools" is incompatible with "response_format"'}),
+    ("a schema for answers", {"messages": [HI], "format": {**FORMAT, "type": ["object", "null"]}}, in_words, None, {
+    "OpenAI": (400, {"error": {"param": "response_format", "code": "invalid_json_schema", "message": "Invalid schema "
+               "for response_format 'response': schema must be a JSON Schema of 'type: \"object\"', got 'type: "
+               "\"['object', 'null']\"'."}}),
+    "llama.cpp": (400, {"error": {"message": "JSON schema conversion failed:\nPattern must start with '^' and end with "
+                                             "'$'"}}),
+    "llama.cpp's grammars": (500, {"error": {"code": 500, "message": '"json_schema": JSON schema conversion failed:\n'
+                                                                     'Unbalanced parentheses'}}),
+    "llama.cpp's samplers": "Failed to initialize samplers: failed to parse grammar",
+    "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
+    "DeepSeek": "This response_format type is unavailable now"}),
+    ("streams", {"messages": [HI]}, lambda body: body["stream"] is False and "stream_options" not in body, None, {
+    "OpenAI": (400, {"error": {"param": "stream", "code": "unsupported_value", "message": "Your organization must be "
+               "verified to stream this model. Please go to: https://platform.openai.com/settings/organization/"
+               "general and click on Verify Organization."}}),
+    "o1": (400, {"error": {"param": "stream", "code": "unsupported_value", "message": "Unsupported value: 'stream' "
+                 "does not support true with this model. Supported values are: false"}}),
+    "Bedrock": "This model doesn't support tool use in streaming mode.",
+    "Bedrock's models": "The model is unsupported for streaming",
+    "a gateway": "Streaming is not supported with tools.", "another": "streaming is not supported for this model",
+    "a third": "'stream' is not allowed when using function calling"}),
+    ("whole answers", {"messages": [HI], "stream": False, "think": True, "options": {"num_predict": 5000}},
+     lambda body: body["stream"] is True and body.get("max_tokens") == 5000, None, {
+     "DashScope": "This model only support stream mode, please enable the stream parameter to access the model. ",
+     "DashScope's thinkers": "parameter.enable_thinking must be set to false for non-streaming calls",
+     "ModelScope": "enable thinking can not be support when `stream=False`.",
+     "Fireworks": "Requests with max_tokens > 4096 must have stream=true",
+     "Claude": "Streaming is required for operations that may take longer than 10 minutes.",
+     "Codex": "Stream must be set to true"}),
+    ("an effort beside tools", {"messages": [HI], "tools": [a_tool()], "think": "high"},
+     lambda body: body["reasoning_effort"] == "none",
+     ({"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") == "high"), {
+     "OpenAI": (400, {"error": {"param": "reasoning_effort", "message": "Function tools with reasoning_effort are not "
+                "supported for m in /v1/chat/completions. To use function tools, use /v1/responses or set "
+                "reasoning_effort to 'none'."}})}),
+    ("tools without an effort", {"messages": [HI], "tools": [a_tool()]},
+     lambda body: body["reasoning_effort"] == "none",
+     ({"messages": [HI]}, lambda body: "reasoning_effort" not in body), {
+     "OpenAI": "Function tools with reasoning_effort are not supported for m in /v1/chat/completions. To use function "
+               "tools, use /v1/responses or set reasoning_effort to 'none'."}),
+    ("the greatest effort", {"messages": [HI], "think": "max"}, lambda body: body["reasoning_effort"] == "high", None, {
+    "OpenAI": "Unsupported value: 'reasoning_effort' does not support 'max' with this model. Supported values are: "
+              "'low', 'medium', and 'high'.",
+    "Groq": "'reasoning_effort' : value is not one of the allowed values ['none', 'default', 'low', 'medium', "
+            "'high']"}),
+    ("an answer without its reasoning", {"messages": THOUGHT}, lambda body: [
+    message.get("reasoning_content", "").strip() for message in body["messages"] if message["role"] == "assistant"]
+    == ["because", ""] and body["messages"][3]["reasoning_content"], None, {
+     "DeepSeek": "The `reasoning_content` in the thinking mode must be passed back to the API.",
+     "DeepSeek, before": "Missing `reasoning_content` field in the assistant message at message index 1",
+     "Moonshot": "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"}),
+    ("a turn to be continued", {"messages": [HI, turn("assistant", "One")]},
+     lambda body: body["messages"][-1] == {"role": "assistant", "content": "One", "prefix": True}, None, {
+     "Mistral": "Expected last role User or Tool (or Assistant with prefix True) for serving but got assistant"}),
+    ("a turn to be continued by a thinker", {"messages": [HI, turn("assistant", "One")]},
+     lambda body: body["chat_template_kwargs"] == {"enable_thinking": False} and roles(body)[-1] == "assistant",
+     ({"messages": [HI]}, lambda body: "chat_template_kwargs" not in body), {
+     "llama.cpp": "Assistant response prefill is incompatible with enable_thinking."}),
+    ("many texts", {"input": [f"t{at:02}" for at in range(25)]}, lambda body: 1 <= len(body["input"]) <= 10, None, {
+    "DashScope": "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be "
+                 "larger than 10.: input.contents",
+    "SiliconFlow": (413, {"code": 20042, "message": "input batch size 25 > maximum allowed batch size 10"}),
+    "TEI": (422, {"error": "batch size 25 > maximum allowed batch size 10", "error_type": "Validation"}),
+    "Gemini": [{"error": {"code": 400, "message": "* BatchEmbedContentsRequest.requests: at most 10 requests can be in "
+                                                  "one batch\n"}}],
+    "Cohere": "invalid request: total number of texts must be at most 10 - received 25",
+    "Azure": "Too many inputs. The max number of inputs is 10.  We hope to increase the number of inputs per request "
+             "soon.",
+    "OpenAI": "Invalid 'input': array too long. Expected an array with maximum length 10, but got an array with length "
+              "25 instead.", "Voyage": "The batch size limit is 10. Your batch size is 25.",
+    "a limit of one": "Too many inputs for model None. The max number of inputs is 1.",
+    "a gateway": (413, {"error": {"message": "at most 10 inputs are allowed in one request"}})}),
+    ("a long text", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short" and len(body["input"]) == 2
+     and WORDS.startswith(body["input"][1]) and 200 < len(body["input"][1].split()) < 512,
+     ({"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
+     "llama.cpp": (500, {"error": {"code": 500, "message": "input (992 tokens) is too large to process. increase the "
+                         "physical batch size (current batch size: 512)"}}),
+     "llama.cpp's context": (400, {"error": {"message": "request (992 tokens) exceeds the available context size (512 "
+                                                        "tokens), try increasing it", "n_ctx": 512}}),
+     "an older one": (500, {"error": {"message": "input (992 tokens) is larger than the max context size (512 tokens). "
+                                                 "skipping"}}),
+     "OpenAI": "This model's maximum context length is 512 tokens, however you requested 992 tokens (992 in your "
+               "prompt; 0 for the completion). Please reduce your prompt; or completion length.",
+     "vLLM": "This model's maximum context length is 512 tokens. However, you requested 992 tokens in the input for "
+             "embedding generation. Please reduce the length of the input.",
+     "TEI": (413, {"error": "Input validation error: `inputs` must have less than 512 tokens. Given: 992",
+                   "error_type": "Validation"}),
+     "SGLang": "The input (992 tokens) is longer than the model's context length (512 tokens).",
+     "NVIDIA": (400, {"error": "Input length 992 exceeds maximum allowed token size 512"})}),
+    ("a text of unknown length", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short"
+     and WORDS.startswith(body["input"][1]) and 0 < len(body["input"][1]) < len(WORDS), (
+     {"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
+     "SiliconFlow": (413, {"code": 20042, "message": "input must have less than 512 tokens", "data": None}),
+     "an Ollama": "the input length exceeds the context length",
+     "DashScope": "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 2048]"}),
+]
+WORDINGS = [(*row[:4], text) for row in OTHERWISE for text in row[4].values()]
+
+
+@cases("name, request_, fits, later, text", WORDINGS,
+       ids=[f"{row[0]}: {who}" for row in OTHERWISE for who in row[4]])
+def test_a_refusal_is_understood_in_every_servers_words_and_learned_from_once(
+        start, target, name, request_, fits, later, text):
+    path = "/v1/embeddings" if "input" in request_ else "/v1/chat/completions"
+    target.answers[path] = reluctant(text)
+    proxy = start("--target-api", "openai")
+    answered(proxy, request_)
+    first, second = [request.json for request in target.calls(path)[:2]]
+    assert fits(second), second
+    for message in request_.get("messages", ()):            # nothing that the model reads is lost
+        assert message.get("content", "").strip() in said(second)
+    assert len(second.get("tools", ())) == len(request_.get("tools", ()))
+    assert json.dumps(second).count(PICTURE) == json.dumps(request_).count(PICTURE)
+    asked = len(target.calls(path))
+    if later is not None:                                   # what was not proved is not remembered
+        again, right = later
+        answered(proxy, again)
+        assert len(target.calls(path)) == asked + 1 and right(target.calls(path)[-1].json), target.calls(path)[-1].json
+        return
+    answered(proxy, request_)
+    assert target.calls(path)[asked].json == second
+    if "messages" in request_:
+        answered(proxy, {"messages": [turn("user", "plain")], **({} if first["stream"] else {"stream": False})})
+        plain = target.calls(path)[-1].json
+        assert plain["messages"] == [{"role": "user", "content": "plain"}] and len(target.calls(path)) == asked + 2
+    assert len(lessons_in(proxy)) == 1 and lessons_in(proxy)[0].startswith("m: "), proxy.errors
+
+
+FULL = {"messages": [SYSTEM, turn("user", "look", images=[PICTURE]), turn("user", ""), *CALLED[1:], HI],
+        "tools": [a_tool("look.up")], "format": FORMAT, "options": {"num_predict": 100000, "temperature": 0.5}}
+ELSEWHERE = [   # refusals that are about something else: nothing that the model reads may change
+    (400, "At most 1 image(s) may be provided in one prompt."),
+    (400, "Too many images provided. This model supports up to 5 images"),
+    (400, "messages.0.content.1.image.source.base64.data: At least one of the image dimensions exceed max allowed "
+          "size: 8000 pixels"),
+    (413, "Request too large for model `m` in organization `org_x` service tier `on_demand` on tokens per minute "
+          "(TPM): Limit 8000, Requested 8590, please reduce your message size and try again."),
+    (400, "The input token count (1500000) exceeds the maximum number of tokens allowed (1048576)."),
+    (400, "Request payload size exceeds the limit: 20971520 bytes."),
+    (429, "Rate limit reached for m: at most 10 requests per minute"),
+    (400, "prompt is too long: 205000 tokens > 200000 maximum"),
+    (400, "A maximum of 4 blocks with cache_control may be provided. Found 5."),
+    (400, "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length "
+          "200 instead."),
+    (400, "Invalid 'messages[0].content': string too long. Expected a string with maximum length 1048576, but got a "
+          "string with length 1200000 instead."),
+    (400, "Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024, but "
+          "got a string with length 1100 instead."),
+    (400, "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+          "The following tool_call_ids did not have response messages: call_1"),
+    (400, "Invalid parameter: 'tool_call_id' of 'call_1' not found in 'tool_calls' of previous message."),
+    (400, "messages.1.content.0: unexpected `tool_use_id` found in `tool_result` blocks: toolu_01. Each `tool_result` "
+          "block must have a corresponding `tool_use` block in the previous message."),
+    (400, "Function call is missing a thought_signature in functionCall parts. This is required for tools to work "
+          "correctly"),
+    (400, "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."),
+    (400, "This model does not support tools."), (400, "This model does not support function calling."),
+    (400, "This model does not support assistant message prefill. The conversation must end with a user message."),
+    (400, "Your credit balance is too low to access the API. Please go to Plans & Billing to upgrade."),
+    (400, "Invalid model name passed in model=m. Call `/v1/models` to view available models for your key."),
+    (401, "Incorrect API key provided"), (403, "Your organization must be verified to use the model `m`."),
+    (402, "This request requires more credits, or fewer max_tokens. You requested up to 100000 tokens, but can only "
+          "afford 900."),
+    (500, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB"),
+    (500, "Internal Server Error"), (500, "Failed to load model"), (503, "Service temporarily overloaded"),
+    (500, "KeyError: 'messages'"), (502, "Bad gateway")]
+
+
+@cases("status, text", ELSEWHERE)
+def test_a_refusal_about_something_else_changes_nothing_that_the_model_reads(start, target, status, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, status)
+    answer = start("--target-api", "openai").post("/api/chat", {"model": "m", **FULL})
+    assert answer.status >= 400 and text in json.loads(answer.data)["error"]
+    first, *others = [request.json for request in target.calls("/v1/chat/completions")]
+    for other in others:
+        assert [other.get(key) for key in ("messages", "tools", "response_format", "temperature", "stream")] == \
+            [first.get(key) for key in ("messages", "tools", "response_format", "temperature", "stream")]
+        assert other.get("max_tokens", other.get("max_completion_tokens", 100000)) == 100000
+    assert len(others) <= 1
+
+
+ELSEWHERE_THAN_TEXTS = [
+    (400, "The max allowed tokens per submitted batch is 120000. Your batch has 121138 tokens after truncation. Please "
+          "lower the number of tokens in the batch."),
+    (400, "Requested 400000 tokens, max 300000 tokens per request"), (400, "The model `m` does not support embeddings"),
+    (400, "This model does not support specifying dimensions."),
+    (429, "Too many requests: at most 3 requests per second"),
+    (400, "Invalid value for 'dimensions' = 5000. Must be less than or equal to 3072."), (500, "Internal Server Error"),
+    (500, "ggml_backend_alloc_ctx_tensors_from_buft: failed to allocate buffer: out of memory"),
+    (501, "This server does not support embeddings. Start it with `--embeddings`")]
+
+
+@cases("status, text", ELSEWHERE_THAN_TEXTS)
+def test_texts_are_not_cut_for_another_reason(start, target, status, text):
+    target.answers["/v1/embeddings"] = http_answer({"error": {"message": text}}, status)
+    body = {"model": "m", "dimensions": 5000, "input": ["a", WORDS]}
+    answer = start("--target-api", "openai").post("/api/embed", body)
+    assert answer.status >= 400 and text in json.loads(answer.data)["error"]
+    assert {item for request in target.calls("/v1/embeddings") for item in request.json["input"]} <= {"a", WORDS}
+
+
+@cases("status, text, request_", [
+    (400, "Conversation roles must alternate user/assistant/user/assistant/...", {"messages": [HI]}),
+    (500, "System message must be at the beginning.", {"messages": [SYSTEM, HI]}),
+    (400, "System role not supported", {"messages": [HI]}), (400, "Unknown role: user", {"messages": [HI]}),
+    (400, "messages: text content blocks must be non-empty", {"messages": [HI]}),
+    (400, "Invalid 'tools[0].function.name': string does not match pattern.", {"messages": [HI], "tools": [a_tool()]}),
+    (400, "messages.1.content.0.tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'", {"messages": [HI]}),
+    (400, "Expected last role User or Tool (or Assistant with prefix True)", {"messages": [HI]}),
+    (400, "Unexpected role 'user' after role 'tool'", {"messages": [HI]}),
+    (400, "failed to parse grammar", {"messages": [HI], "tools": [a_tool()]}),
+    (400, "Streaming is not supported", {"messages": [HI], "stream": False}),
+    (400, "batch size is invalid, it should not be larger than 10", {"input": ["a", "b"]}),
+    (400, "input is too large to process", {"input": [""]})], ids=lambda value: str(value)[:40])
+def test_a_request_is_not_sent_again_as_it_was(start, target, status, text, request_):
+    path = "/v1/embeddings" if "input" in request_ else "/v1/chat/completions"
+    target.answers[path] = http_answer({"error": {"message": text}}, status)
+    face = "/api/embed" if "input" in request_ else "/api/chat"
+    answer = start("--target-api", "openai").post(face, {"model": "m", **request_})
+    assert answer.status == status and json.loads(answer.data) == {"error": text}
+    assert len(target.calls(path)) == 1
+
+
+def test_a_bound_is_the_whole_number_that_is_written(start, target):
+    target.answers["/v1/chat/completions"] = reluctant("max_tokens: the model takes at most 8,192 completion tokens")
+    answered(start("--target-api", "openai"), {"messages": [HI], "options": {"num_predict": 100000}})
+    assert target.calls("/v1/chat/completions")[-1].json.get("max_tokens", 8192) == 8192
+
+
+def test_two_lessons_of_one_request_are_logged_once_each(start, target):
+    target.answers["/v1/chat/completions"] = reluctant(
+        "System role not supported", "Unsupported parameter: 'temperature' is not supported with this model.")
+    proxy = start("--target-api", "openai")
+    for _ in range(3):
+        answered(proxy, {"messages": [SYSTEM, HI], "options": {"temperature": 0.5}})
+    assert len(target.calls("/v1/chat/completions")) == 5
+    first, second = lessons_in(proxy)
+    assert first.startswith("m: ") and "system" in first and "temperature" in second
+
+
+def test_a_lesson_is_one_models_and_one_endpoints(start, target):
+    target.answers["/v1/chat/completions"] = reluctant("System role not supported")
+    target.answers["/v1/completions"] = http_answer({"choices": [{"text": "x", "finish_reason": "stop"}]})
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [SYSTEM, HI]})
+    proxy.post("/api/chat", {"model": "qwen3:8b", "stream": False, "messages": [SYSTEM, HI]})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["system", "user"]
+    proxy.post("/api/generate", {"model": "m", "stream": False, "system": "Be brief.", "prompt": "hi"})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["user"]
+    proxy.post("/v1/chat/completions", {"model": "m", "messages": [SYSTEM, HI]})
+    assert roles(target.calls("/v1/chat/completions")[-1].json) == ["system", "user"]       # relayed as it is
+
+
+def test_a_guess_is_forgotten_though_every_refusal_has_a_number_of_its_own(start, target):
+    seen = []
+
+    def script(talk):
+        body, talk.released = talk.request.json, True
+        seen.append(body)
+        text = f"temperature is fine but min_p is not supported. Request id: {len(seen)}"
+        talk.send(http_answer({"error": {"message": text}}, 400) if "min_p" in body else fitting(talk.request))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [HI], "options": {"temperature": 0.2, "min_p": 0.1}})
+    answered(proxy, {"messages": [HI], "options": {"temperature": 0.2}})
+    assert seen[-1].get("temperature") == 0.2
+
+
+@cases("face", ["/api/chat", "/api/generate"])
+def test_the_client_is_told_what_the_most_healed_request_was_refused_for(start, target, face):
+    target.answers["/v1/chat/completions"] = [
+        http_answer({"error": {"message": "`reasoning_effort` is not supported with this model"}}, 400),
+        http_answer({"error": {"message": "Your credit balance is too low"}}, 402)]
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "think": "high", **({"prompt": "hi"} if face == "/api/generate" else {"messages": [HI]})}
+    answer = proxy.post(face, body)
+    assert answer.status == 402 and json.loads(answer.data) == {"error": "Your credit balance is too low"}
+    assert "reasoning_effort" not in target.calls("/v1/chat/completions")[1].json and not lessons_in(proxy)
+
+
+def test_tools_get_names_that_a_target_takes_and_their_own_ones_back(start, target):
+    shown = []
+
+    def script(talk):
+        talk.released = True
+        names = names_in(talk.request.json)
+        if not all(re.fullmatch(NAME, name) for name in names):
+            text = "Invalid 'tools[0].function.name': string does not match pattern. Expected '^[a-zA-Z0-9_-]+$'."
+            return talk.send(http_answer({"error": {"message": text}}, 400))
+        shown.append(names)
+        calls = [part(name, "{}", index=at, id=f"call_{at}") for at, name in enumerate(names[:4])]
+        talk.send(http_stream(sse(call_delta(*calls), TOOLS_END)) if talk.request.json["stream"] else http_answer(
+            {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}]}))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    names = ["a.b", "a/b", "a_b", "n" * 70]
+    asked = {"model": "m", "tools": list(map(a_tool, names)), "messages": [turn("user", "go")]}
+    for stream in (True, False, True):
+        answer = proxy.post("/api/chat", {**asked, "stream": stream})
+        turns = [json.loads(line)["message"] for line in answer.data.splitlines()]
+        calls = [call for message in turns for call in message.get("tool_calls", ())]
+        assert [call["function"]["name"] for call in calls] == names
+        asked["messages"] += [turn("assistant", "", tool_calls=calls)] + [
+            result("r", tool_name=name) for name in names]
+    assert len(target.calls("/v1/chat/completions")) == 4           # one refusal, one lesson
+    assert shown[-1][:4] == shown[-1][4:8] == shown[-1][8:12] and len(set(shown[-1])) == 4 and "a_b" in shown[-1]
+    assert len(lessons_in(proxy)) == 1
+
+
+@cases("face", ["/api/chat", "/api/generate"])
+@cases("stream", [True, False])
+@cases("refusal, mode", [("Streaming is not supported for this model", False),
+                         ("This model only support stream mode, please enable the stream parameter", True)],
+       ids=["never", "always"])
+def test_a_client_gets_the_form_it_asked_for_from_a_target_that_has_one(start, target, face, stream, refusal, mode):
+    def script(talk):
+        talk.released = True
+        talk.send(http_answer({"error": {"message": refusal}}, 400) if talk.request.json["stream"] is not mode
+                  else fitting(talk.request))
+
+    target.answers["/v1/chat/completions"] = script
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "stream": stream, **({"prompt": "hi"} if face == "/api/generate" else {"messages": [HI]})}
+    for count in (1 + (stream is not mode), 2 + (stream is not mode)):
+        answer = proxy.post(face, body)
+        values = [json.loads(line) for line in answer.data.splitlines()]
+        assert answer.headers["Content-Type"].startswith("application/x-ndjson" if stream else "application/json")
+        assert "".join(value.get("response", value.get("message", {}).get("content")) for value in values) == "Hello"
+        assert values[-1]["done"] is True and values[-1]["eval_count"] == 2 and len(values) > 1 or not stream
+        assert len(target.calls("/v1/chat/completions")) == count
+    assert ("stream_options" in target.calls("/v1/chat/completions")[-1].json) is mode
+
+
+@cases("text, words", [
+    ("No endpoints found that support tool use. To learn more about provider routing, visit: https://x", "tools"),
+    ("No endpoints found that support image input", "images"), ("Tool use is not supported by this model", "tools"),
+    ("No endpoints found that support the provided 'tool_choice' value. To learn more, visit: https://x", "tool")])
+def test_a_404_that_is_about_tools_or_pictures_is_a_400_for_ollama_clients_alone(start, target, text, words):
+    body = {"error": {"message": text, "code": 404}}
+    target.answers["/v1/chat/completions"] = http_answer(body, 404)
+    proxy = start("--target-api", "openai")
+    request = {"model": "m", "messages": [turn("user", "hi", images=[PICTURE])], "tools": [a_tool()]}
+    answer = proxy.post("/api/chat", request)
+    told = json.loads(answer.data)["error"]
+    assert answer.status == 400 and text in told and words in told.replace(text, "")
+    assert all("tools" in sent.json and PICTURE in sent.data.decode() for sent in target.calls("/v1/chat/completions"))
+    answer = proxy.post("/v1/chat/completions", {**request, "messages": [HI]})
+    assert answer.status == 404 and json.loads(answer.data) == body
+
+
+@cases("text", ["The model `m` does not exist or you do not have access to it.", "Model m not found",
+                "No endpoints found for m."])
+def test_a_404_about_the_model_stays_one(start, target, text):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": text}}, 404)
+    answer = start("--target-api", "openai").post("/api/chat", {"model": "m", "messages": [HI], "tools": [a_tool()]})
+    assert answer.status == 404 and json.loads(answer.data) == {"error": text}
+
+
+# -- texts to embed
+
+
+def meter(most=10 ** 9, longest=10 ** 9):
+    """A target that takes so many texts in one request, of so many words; a vector tells which text it is of."""
+    def script(talk):
+        talk.released = True
+        texts = talk.request.json["input"]
+        count = max((len(text.split()) for text in texts), default=0)
+        if len(texts) > most:
+            return talk.send(http_answer({"error": {"message": f"at most {most} inputs are allowed"}}, 413))
+        if count > longest:
+            text = f"input ({count} tokens) is too large to process. increase the physical batch size (current batch " \
+                   f"size: {longest})"
+            return talk.send(http_answer({"error": {"message": text}}, 500))
+        talk.send(http_answer({"data": [{"index": at, "embedding": [float(text.split()[0][1:]), 0.5]}
+                                        for at, text in reversed(list(enumerate(texts)))],
+                               "usage": {"prompt_tokens": len(texts) * 3, "total_tokens": len(texts) * 3}}))
+    return script
+
+
+@cases("count", [9, 10, 11, 20, 25])
+@cases("truncate", [None, True, False])
+def test_texts_in_portions_keep_their_order_and_counts_add_up(start, target, count, truncate):
+    target.answers["/v1/embeddings"] = meter(most=10)
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "input": [f"t{at}" for at in range(count)], "truncate": truncate}
+    portions = -(-count // 10)
+    for asked in (portions + (count > 10), 2 * portions + (count > 10)):        # refused once, then right at once
+        answer = json.loads(proxy.post("/api/embed", body).data)
+        assert [vector[0] for vector in answer["embeddings"]] == list(range(count))
+        assert answer["prompt_eval_count"] == 3 * count and len(target.calls("/v1/embeddings")) == asked
+    assert len(lessons_in(proxy)) == (count > 10)
+
+
+def test_portions_whose_vectors_are_missing_are_an_error(start, target):
+    def script(talk):
+        talk.released = True
+        texts = talk.request.json["input"]
+        error = {"error": {"message": "batch size is invalid, it should not be larger than 10.: input.contents"}}
+        vectors = [{"index": at, "embedding": [1.0]} for at in range(min(len(texts), 9))]
+        talk.send(http_answer(error, 400) if len(texts) > 10 else http_answer({"data": vectors}))
+
+    target.answers["/v1/embeddings"] = script
+    answer = start("--target-api", "openai").post("/api/embed", {"model": "m", "input": ["x"] * 25})
+    assert answer.status == 502 and "9 embeddings for 10 inputs" in json.loads(answer.data)["error"]
+
+
+@cases("path", ["/api/embed", "/api/embeddings"])
+def test_a_text_is_cut_as_often_as_it_takes_from_its_end(start, target, path):
+    """The beginning of the text has shorter words than the rest, so that the first cut is not deep enough."""
+    target.answers["/v1/embeddings"] = meter(longest=100)
+    text = "t7 " + "a " * 150 + "longer_words_than_these " * 150
+    proxy = start("--target-api", "openai")
+    body = {"model": "m", "prompt": text} if path == "/api/embeddings" else {"model": "m", "input": ["t1", text, "t3"]}
+    answer = proxy.post(path, body)
+    assert answer.status == 200, answer.data
+    sent = target.calls("/v1/embeddings")[-1].json["input"]
+    cut = sent[0 if path == "/api/embeddings" else 1]
+    assert text.startswith(cut) and 30 < len(cut.split()) <= 100
+    assert path == "/api/embeddings" or (sent[0], sent[2]) == ("t1", "t3")
+    assert not lessons_in(proxy)
+
+
+def test_texts_are_cut_inside_portions(start, target):
+    target.answers["/v1/embeddings"] = meter(most=10, longest=100)
+    texts = [f"t{at} " + "word " * (300 if at == 17 else 3) for at in range(25)]
+    answer = json.loads(start("--target-api", "openai").post("/api/embed", {"model": "m", "input": texts}).data)
+    assert [vector[0] for vector in answer["embeddings"]] == list(range(25)) and answer["prompt_eval_count"] == 75
+
+
+@cases("path, body", [("/api/embed", {"input": ["t1", "t2 " + WORDS]}), ("/api/embed", {"input": "t2 " + WORDS})])
+def test_truncate_false_is_never_cut(start, target, path, body):
+    target.answers["/v1/embeddings"] = meter(longest=512)
+    answer = start("--target-api", "openai").post(path, {"model": "m", "truncate": False, **body})
+    assert answer.status >= 400 and "too large to process" in json.loads(answer.data)["error"]
+    assert all("t2 " + WORDS in request.json["input"] for request in target.calls("/v1/embeddings"))
+
+
+# -- the middle of a text
+
+INFILL = {"/props": {"default_generation_settings": {"n_ctx": 8192}, "total_slots": 1},
+          "/v1/models": {"object": "list", "data": [{"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 8192}}]}}
+FILL = {"model": "m", "prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))"}
+
+
+@cases("stream", [True, False])
+@cases("stop_type, reason", [("eos", "stop"), ("limit", "length"), ("word", "stop")])
+def test_the_middle_of_a_text_is_filled_where_llama_cpp_fills_it(start, target, stream, stop_type, reason):
+    target.answers.update((path, http_answer(value)) for path, value in INFILL.items())
+    last = {"index": 0, "stop": True, "stop_type": stop_type, "tokens_predicted": 3, "tokens_evaluated": 9}
+    streamed = sse({"index": 0, "content": "a +", "stop": False}, {"index": 0, "content": " b", "stop": False},
+                   {**last, "content": ""}, done=False)
+    target.answers["/infill"] = http_stream(streamed) if stream else http_answer({**last, "content": "a + b"})
+    proxy = start("--target-api", "openai")
+    proxy.get("/api/tags")
+    answer = proxy.post("/api/generate", {**FILL, "stream": stream, "options": {"num_predict": 16, "temperature": 0.5}})
+    values = [json.loads(line) for line in answer.data.splitlines()]
+    assert "".join(value["response"] for value in values) == "a + b" and values[-1]["done_reason"] == reason
+    assert (values[-1]["prompt_eval_count"], values[-1]["eval_count"]) == (9, 3)
+    sent = target.calls("/infill")[0].json
+    assert (sent["input_prefix"], sent["input_suffix"]) == (FILL["prompt"], FILL["suffix"])
+    assert sent["n_predict"] == 16 and sent["temperature"] == 0.5 and sent["stream"] is stream
+    assert not target.calls("/v1/completions")
+
+
+def test_other_targets_get_a_suffix_and_one_that_takes_none_is_an_honest_error(start, target):
+    target.answers["/v1/completions"] = [http_answer({"choices": [{"text": "a + b", "finish_reason": "stop"}]}),
+                                         http_answer({"error": {"message": "Unsupported param: suffix"}}, 400)]
+    proxy = start("--target-api", "openai")
+    assert json.loads(proxy.post("/api/generate", {**FILL, "stream": False}).data)["response"] == "a + b"
+    answer = proxy.post("/api/generate", {**FILL, "stream": False})
+    assert answer.status == 400 and "suffix" in json.loads(answer.data)["error"]
+    assert all(request.json["suffix"] == FILL["suffix"] for request in target.calls("/v1/completions"))
 
 
 def test_x13_context_overflow_is_tried_once_without_a_limit(start, target):
@@ -2545,6 +3926,64 @@ def test_metadata_is_there_for_whoever_joins_a_refresh_that_began_without_it(sta
         proxy.wait_logged("[PROXY] POST /api/show")
         target.go.set()
         assert b'.context_length":9000' in read_all(other)
+
+
+ODD_MODELS = [
+    {"id": "vendor/big", "created": 1754000000.75, "context_length": 131072.0, "description": None,
+     "architecture": {"input_modalities": ["text", "image", "audio", "file"], "output_modalities": ["text"]},
+     "top_provider": {"context_length": None, "max_completion_tokens": None},
+     "supported_parameters": ["tools", "reasoning"]},
+    {"id": "bare"}, {"id": "odd", "created": None, "owned_by": None, "max_model_len": "8192", "meta": None},
+    {"id": "late", "created": "2025-07-01T00:00:00Z", "context_window": None, "size": 4.5e9, "quantization": None},
+    {"id": "wrong", "created": [], "size": "4 GB", "context_length": {}, "capabilities": "tools", "architecture": 5,
+     "meta": "x"}]
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+
+
+def no_nulls(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is not None and all(map(no_nulls, inner))
+
+
+def test_every_key_has_its_type_whatever_the_list_holds(start, target):
+    """What typed clients (Kotlin, C#, Rust, Go, Swift) decode: no null, no 1.0 for an integer, texts for details."""
+    target.answers["/v1/models"] = http_answer({"object": "list", "data": ODD_MODELS})
+    proxy = start("--target-api", "openai")
+    tags, running = proxy.get("/api/tags"), proxy.get("/api/ps")
+    shown = [json.loads(proxy.post("/api/show", {"model": model["name"]}).data) for model in tags["models"]]
+    assert len(tags["models"]) == len(running["models"]) == 5 and all(map(no_nulls, [tags, running, *shown]))
+    for entry in tags["models"] + running["models"]:
+        assert type(entry["size"]) is int and re.fullmatch("[0-9a-f]{64}", entry["digest"])
+        assert entry["name"] == entry["model"]
+        assert STAMP.fullmatch(entry.get("modified_at") or entry["expires_at"])
+        assert all(type(entry.get(key, 0)) is int for key in ("size_vram", "context_length"))
+    for entry in tags["models"] + running["models"] + shown:
+        details = entry["details"]
+        assert all(type(details[key]) is str for key in ("parent_model", "format", "family", "parameter_size",
+                                                         "quantization_level"))
+        assert details["families"] == [details["family"]]
+        assert all(type(details.get(key, 1)) is int for key in ("context_length", "embedding_length"))
+    for entry in shown:
+        info, known = entry["model_info"], {"completion", "tools", "insert", "vision", "embedding", "thinking", "audio"}
+        assert STAMP.fullmatch(entry["modified_at"]) and entry["capabilities"] and set(entry["capabilities"]) <= known
+        assert all(type(entry[key]) is str for key in ("license", "modelfile", "parameters", "template"))
+        family = info["general.architecture"]
+        assert all(type(info[key]) is int for key in (
+            "general.parameter_count", f"{family}.context_length", f"{family}.embedding_length"))
+        assert info[f"{family}.context_length"] >= 1
+
+
+def test_counts_that_are_floats_become_integers(start, target):
+    usage = {"prompt_tokens": 3.0, "completion_tokens": 2.0, "total_tokens": 5.0}
+    target.answers["/v1/embeddings"] = http_answer({"data": [{"index": 0, "embedding": [1, 0, 0.5]}], "usage": usage})
+    target.answers["/v1/chat/completions"] = http_answer({**WHOLE, "usage": usage})
+    proxy = start("--target-api", "openai")
+    answers = [json.loads(proxy.post(path, {"model": "m", "stream": False, "input": "x", "messages": [HI]}).data)
+               for path in ("/api/embed", "/api/chat")]
+    for answer in answers:
+        assert all(type(answer[key]) is int and answer[key] >= 1
+                   for key in answer if key.endswith(("_count", "_duration")))
+    assert [answer["prompt_eval_count"] for answer in answers] == [3, 3] and answers[1]["eval_count"] == 2
 
 
 def test_probes_that_are_not_there_are_remembered(start, target, later):
@@ -2793,6 +4232,140 @@ def test_logprobs_of_completions_have_the_shape_of_completions(start, ollama_tar
     assert {key: [item for part in told for item in part[key]] for key in told[0]} == {
         "tokens": ["Hi", " you"], "token_logprobs": [-0.5, -0.25], "text_offset": [0, 2],
         "top_logprobs": [{"Hi": -0.5, "Ho": -3.5}, {" you": -0.25, " me": -3.5}]}
+
+
+def openai_frames(answer):
+    """The objects of a stream of /v1, or the one of a whole answer."""
+    if answer.headers["Content-Type"] != "text/event-stream":
+        return [json.loads(answer.data)]
+    assert answer.data.endswith(b"data: [DONE]\n\n")
+    return [json.loads(frame[6:]) for frame in answer.data.split(b"\n\n")[:-2]]
+
+
+JINJA = ('{"error":{"code":500,"message":"\\n------------\\nWhile executing CallExpression at line 85, column 32 in '
+         'source:\\n... raise_exception\\nError: Jinja Exception: %s","type":"server_error"}}')
+
+
+@cases("text, messages, wanted", [
+    ("System message must be at the beginning.", [SYSTEM, turn("developer", "Mind."), HI], ["system", "user"]),
+    ("System message must be at the beginning.", [SYSTEM, HI, turn("system", "Mind."), HI], ["system", "user", "user"]),
+    ("Conversation roles must alternate user/assistant/user/assistant/...", [SYSTEM, HI, turn("user", "Mind.")],
+     ["system", "user"]),
+    ("System role not supported", [SYSTEM, turn("user", "Mind.")], ["user"])])
+@cases("stream", [True, False])
+def test_what_templates_of_an_ollama_refuse_is_said_in_another_way(
+        start, ollama_target, stream, text, messages, wanted):
+    refused = http_answer({"error": JINJA % text}, 500)
+    good = http_stream(NATIVE, "application/x-ndjson") if stream else http_answer(NATIVE_WHOLE)
+    ollama_target.answers["/api/chat"] = [refused, good]
+    proxy = start()
+    for count in (2, 3):
+        answer = proxy.post("/v1/chat/completions", {"model": "llama3", "messages": messages, "stream": stream})
+        assert answer.status == 200 and len(ollama_target.calls("/api/chat")) == count
+        sent = ollama_target.calls("/api/chat")[-1].json
+        assert roles(sent) == wanted and all(message["content"] in said(sent) for message in messages)
+    assert len(lessons_in(proxy)) == 1
+
+
+@cases("text", ['"llama3" does not support thinking', 'think value "low" is not supported for this model'])
+def test_a_word_on_thinking_that_a_model_does_not_know_is_left_out(start, ollama_target, text):
+    ollama_target.answers["/api/chat"] = [http_answer({"error": text}, 400), http_answer(NATIVE_WHOLE)]
+    proxy = start()
+    assert proxy.post("/v1/chat/completions", {**ASK, "reasoning_effort": "low"}).status == 200
+    sent = [request.json for request in ollama_target.calls("/api/chat")]
+    assert sent[0]["think"] == "low" and "think" not in sent[1] and len(lessons_in(proxy)) == 1
+
+
+@cases("switch", [{"thinking": {"type": "disabled"}}, {"enable_thinking": False}, {"reasoning_effort": "none"},
+                  {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning": {"enabled": False}},
+                  {"think": False}])
+def test_a_clients_word_on_thinking_beats_the_list_and_settings(start, ollama_target, switch):
+    proxy = start("--set", "llama*:think=true", environ={"THINK_MODELS": "llama3, glm-5:cloud"})
+    for model in ("llama3", "glm-5:cloud"):
+        proxy.post("/v1/chat/completions", {**ASK, **switch, "model": model, "stream": True})
+        assert ollama_target.calls("/api/chat")[-1].json["think"] is False
+    proxy.post("/v1/chat/completions", {**ASK, "stream": True})
+    assert ollama_target.calls("/api/chat")[-1].json["think"] is True
+
+
+@cases("path, native_path", [("/v1/chat/completions", "/api/chat"), ("/v1/completions", "/api/generate")])
+@cases("said_, wanted", [({"num_ctx": 16384}, 16384), ({"options": {"num_ctx": 16384}}, 16384), ({}, 4096),
+                         ({"num_ctx": 5, "options": {"num_ctx": 16384}}, 16384), ({"num_ctx": None}, 4096)])
+def test_the_clients_context_length_beats_settings(start, ollama_target, path, native_path, said_, wanted):
+    ollama_target.answers["/api/generate"] = http_answer({"response": "x", "done": True})
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    body = {"model": "llama3", "messages": [HI], "prompt": "hi", **said_}
+    assert start("--set", "llama*:num_ctx=4096").post(path, body).status == 200
+    assert ollama_target.calls(native_path)[-1].json["options"]["num_ctx"] == wanted
+
+
+@cases("value, wanted", [("-1", -1), ("300", 300), (-1, -1), (0, 0), ("5m", "5m"), (None, "30m")])
+@cases("path, native_path", [("/v1/chat/completions", "/api/chat"), ("/v1/completions", "/api/generate"),
+                             ("/v1/embeddings", "/api/embed")])
+def test_keep_alive_of_openai_clients_beats_settings(start, ollama_target, path, native_path, value, wanted):
+    ollama_target.answers[native_path] = http_answer({**NATIVE_WHOLE, "response": "x", "embeddings": [[1.0]]})
+    body = {"model": "llama3", "messages": [HI], "prompt": "hi", "input": "hi", "keep_alive": value}
+    assert start("--set", "llama*:keep_alive=30m").post(path, body).status == 200
+    assert ollama_target.calls(native_path)[-1].json["keep_alive"] == wanted
+
+
+@cases("stream", [True, False])
+@cases("top", [None, 2])
+def test_logprobs_of_chats_are_whole(start, ollama_target, stream, top):
+    others = [{"token": "o", "logprob": -0.1}, {"token": "\u00fc", "logprob": -3.5}]
+    items = [{"token": "o", "logprob": -0.1, "bytes": [111]}, {"token": "k", "logprob": -0.2}]
+    items = [{**item, "top_logprobs": others} for item in items] if top else items
+    pieces = [{"message": turn("assistant", item["token"]), "done": False, "logprobs": [item]} for item in items]
+    last = {"message": turn("assistant", ""), "done": True, "done_reason": "stop"}
+    whole = http_answer({**last, "message": turn("assistant", "ok"), "logprobs": items})
+    ollama_target.answers["/api/chat"] = http_stream(ndjson(*pieces, last), "application/x-ndjson") if stream else whole
+    body = {**ASK, "stream": stream, "logprobs": True, **({"top_logprobs": top} if top else {})}
+    answer = start().post("/v1/chat/completions", body)
+    sent = ollama_target.calls("/api/chat")[0].json
+    assert sent["logprobs"] is True and sent.get("top_logprobs") == top
+    told = [item for frame in openai_frames(answer) for choice in frame["choices"]
+            for item in (choice.get("logprobs") or {}).get("content") or ()]
+    tops = [{**others[0], "bytes": [111]}, {**others[1], "bytes": [195, 188]}] if top else []
+    assert told == [{"token": "o", "logprob": -0.1, "bytes": [111], "top_logprobs": tops},
+                    {"token": "k", "logprob": -0.2, "bytes": [107], "top_logprobs": tops}]
+
+
+def test_calls_that_come_one_a_line_under_one_id_are_told_apart(start, ollama_target):
+    pieces = [{"message": turn("assistant", "", tool_calls=[
+        {"id": "call_same", "function": {"index": 0, "name": "write", "arguments": {"n": at}}}]), "done": False}
+        for at in range(3)]
+    last = {"message": turn("assistant", ""), "done": True, "done_reason": "stop"}
+    ollama_target.answers["/api/chat"] = http_stream(ndjson(*pieces, last), "application/x-ndjson")
+    frames = openai_frames(start().post("/v1/chat/completions", {**ASK, "stream": True, "tools": [a_tool("write")]}))
+    calls = [call for frame in frames for choice in frame["choices"] for call in choice["delta"].get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 1, 2] and len({call["id"] for call in calls}) == 3
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert frames[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_turns_without_content_are_served(start, ollama_target):
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [turn("user", "a"), turn("assistant", None), HI, turn("assistant", None, tool_calls=[call]),
+             turn("tool", [{"type": "text", "text": "r"}], tool_call_id="c1")]
+    assert start().post("/v1/chat/completions", {"model": "llama3", "messages": turns}).status == 200
+    sent = ollama_target.calls("/api/chat")[0].json["messages"]
+    assert [message["content"] for message in sent] == ["a", "", "hi", "", "r"]
+
+
+@cases("wanted", ["float", "base64", None])
+def test_vectors_have_the_encoding_that_was_asked_for(start, ollama_target, wanted):
+    ollama_target.answers["/api/embed"] = http_answer({"embeddings": [[0.25, -0.5, 1.0]], "prompt_eval_count": 3})
+    body = {"model": "llama3", "input": "x", **({"encoding_format": wanted} if wanted else {})}
+    vector = json.loads(start().post("/v1/embeddings", body).data)["data"][0]["embedding"]
+    vector = struct.unpack("<3f", base64.b64decode(vector)) if wanted == "base64" else vector
+    assert list(vector) == [0.25, -0.5, 1.0]
+
+
+def test_a_prompt_list_of_one_is_that_prompt(start, ollama_target):
+    ollama_target.answers["/api/generate"] = http_answer({"response": "x", "done": True})
+    assert start().post("/v1/completions", {"model": "llama3", "prompt": ["only"]}).status == 200
+    assert ollama_target.calls("/api/generate")[0].json["prompt"] == "only"
 
 
 def test_errors_of_an_ollama_come_in_openais_shape(start, ollama_target):
