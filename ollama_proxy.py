@@ -502,8 +502,9 @@ def whole_pairs(text: str) -> str:
 
 def json_depth(data: bytes) -> int:
     """How deep arrays and objects nest, up to MAX_JSON_DEPTH, strings left aside; broken JSON is no matter."""
-    if data.count(b"[") + data.count(b"{") < MAX_JSON_DEPTH:
-        return 0                        # nearly always: that many brackets cannot nest so deep
+    opened = data.count(b"[") + data.count(b"{")
+    if opened < MAX_JSON_DEPTH or opened > MAX_JSON_VALUES:
+        return 0 if opened < MAX_JSON_DEPTH else MAX_JSON_DEPTH     # nearly always too few to nest so deep
     brackets = _JSON_STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
     for depth in range(MAX_JSON_DEPTH):
         peeled = brackets.replace(b"[]", b"").replace(b"{}", b"")       # the innermost level of all there are
@@ -558,9 +559,9 @@ def load_request(data: bytes) -> dict:
 
 def lower_keys(value: dict) -> dict:
     """`value` with its keys in lower case: Ollama matches keys without regard to case."""
-    if all(map(str.islower, value)):
+    if all(key == key.casefold() for key in value):
         return value
-    return {key.lower(): item for key, item in sorted(value.items(), key=lambda pair: pair[0].islower())}
+    return {key.casefold(): item for key, item in sorted(value.items(), key=lambda pair: pair[0] == pair[0].casefold())}
 
 
 _KINDS = {str: "string", bool: "bool", list: "array", dict: "object", int: "integer", float: "number"}
@@ -786,12 +787,18 @@ def inflater(coding: str, fault: Callable) -> Callable:
     inflate: Any = importlib.import_module("compression.zstd").ZstdDecompressor() if coding == "zstd" \
         else zlib.decompressobj(47)
 
+    begun = False
+
     def step(data: Optional[bytes]) -> bytes:
+        nonlocal inflate, begun
         if data is None and not inflate.eof:
             raise fault("ends in the middle of its compression", 400)
         try:
-            data = inflate.decompress(data, MAX_INFLATED) if data and not inflate.eof else b""
+            data, begun = inflate.decompress(data, MAX_INFLATED) if data and not inflate.eof else b"", True
         except Exception:               # noqa: BLE001  each module has an error of its own
+            if coding == "deflate" and not begun:       # zlib by the standard, raw by habit (RFC 9110 8.4.1.2)
+                inflate, begun = zlib.decompressobj(-15), True
+                return step(data)
             raise fault("is broken inside its compression", 400) from None
         if not inflate.eof and (getattr(inflate, "unconsumed_tail", b"") or not getattr(inflate, "needs_input", True)):
             raise fault("expands beyond reason", 413)
@@ -1472,6 +1479,7 @@ class OllamaDecoder:
     """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
 
     frame_end = b"\n"
+    taken = 0                           # frames that left more behind than their events: none do here
 
     def __init__(self, call: ChatCall) -> None:
         self._lines = LineDecoder()
@@ -2160,6 +2168,7 @@ class OpenAIDecoder:
         self._half = ""                 # of a surrogate pair whose other half comes in another frame
         self._names = {plain_name(tool.name): tool.name for tool in call.tools}
         self._alternatives = call.logprobs
+        self.taken = 0                  # frames that left more behind than their events
         self.done = self.whole = False
 
     @property
@@ -2268,6 +2277,7 @@ class OpenAIDecoder:
         if text:
             events.append(TextDelta(text, read_logprobs(choice.get("logprobs"), self._alternatives)))
         self._tools.add(delta)
+        self.taken += bool(details or {"tool_calls", "function_call", "extra_content"} & delta.keys())
         self._take_usage(choice.get("usage"))
         reason = as_text(choice.get("finish_reason"))
         if reason.lower() in FINISH_ERROR:
@@ -3290,16 +3300,16 @@ class Shortcut:
                     continue
             stop = data.find(end, at) if self._lessons else -1
             piece, at = (data[at:stop + len(end)], stop + len(end)) if stop >= 0 else (data[at:], len(data))
-            whole = self._translation.at_rest and piece.endswith(end)
+            whole, taken = self._translation.at_rest and piece.endswith(end), self._decoder.taken
             made, events = self._translation.read(piece)
             lines += made
-            if whole and self._lessons and list(map(type, events)) == [TextDelta] and self._translation.at_rest:
+            if whole and self._lessons and list(map(type, events)) == [TextDelta] and self._translation.at_rest \
+                    and self._decoder.taken == taken:
                 self._learn(piece, events[0].text)
         return lines
 
     def _learn(self, frame: bytes, said: str) -> None:
-        """What surrounds the text of a frame that said nothing else?  The probe leaves no trace: a decoder at rest
-        keeps nothing of a content frame."""
+        """What surrounds the text of a frame that said nothing else, and left nothing behind in the decoder?"""
         self._lessons -= 1
         for text in (encode_text(said).encode("ascii"), b'"%b"' % said.encode("utf-8", "replace")):
             head, found, tail = frame.rpartition(text)
@@ -3329,6 +3339,8 @@ _PLAIN_TEXT = re.compile(rb'(?:[ !#-\[\]-~]|\\["\\nrtbf])*')
 def rewritten(text: bytes) -> Optional[bytes]:
     """The content of a JSON string as our encoders write it; None when it is none."""
     quoted = f'"{str(text, "utf-8", "replace")}"'
+    if "\n" in quoted or "\r" in quoted:
+        return None
     try:
         value, end = _read_json(quoted)
         value.encode("utf-8")           # half a surrogate pair is the decoder's affair
@@ -3507,7 +3519,7 @@ class Setting(NamedTuple):
         return ("OLLAMA_PROXY_" + self.field.upper(),) + tuple(self.env.split())
 
 
-def _number(kind: type, least: float, most: float = 1e12) -> Callable:
+def _number(kind: type, least: float, most: float = 1e6) -> Callable:
     def parse(text: Any) -> Any:
         try:
             value = kind(text)
@@ -3644,7 +3656,7 @@ SETTINGS = (
     Setting("--keep-vendor", "", None, "show ids with their vendor"),
     Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
             "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
-    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the server tells none", _number(int, 1)),
+    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the server tells none", _number(int, 1, 1e12)),
     Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version", parse_version),
     Setting("--reasoning", "separate|merge|drop", "separate",
             "where thinking goes: its own field, the text between think tags, or nowhere"),
@@ -3664,7 +3676,7 @@ SETTINGS = (
     Setting("--connect-timeout", "S", 10.0, "longest wait for a connection to the server", _number(float, 0.1)),
     Setting("--client-timeout", "S", CLIENT_TIMEOUT,
             "longest wait for a client: a request head, its next request, its reading", _number(float, 0.1)),
-    Setting("--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1)),
+    Setting("--max-body", "BYTES", MAX_BODY_BYTES, "largest request body", _number(int, 1, 1e12)),
     Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503", _number(int, 1)),
     Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
     Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden"),
@@ -3695,8 +3707,11 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     @property
     def secrets(self) -> tuple:
         """Every text that must never be shown."""
-        found = [self.destination.key, self.client_key] + [value for _, value in self.header]
-        found += [value for name, value in urllib.parse.parse_qsl(self.destination.query) if name != "api-version"]
+        found = [self.destination.key, self.client_key]
+        found += [text for _, value in self.header for text in (value, *value.split())]
+        for part in self.destination.query.split("&"):
+            name, _, value = part.partition("=")
+            found += [value, urllib.parse.unquote_plus(value)] if name != "api-version" else []
         return tuple(sorted({text for text in found if len(text) > 3}, key=len, reverse=True))
 
     @classmethod
@@ -3986,7 +4001,7 @@ class Scope:
         """Upstream.open, for as long as the request lasts."""
         self.release()
         self._reply = self.context.upstream.open(self, target, method, path, headers, body, timeout)
-        self.context.log.debug(f"{method} {path}: the target answers {self._reply.status}")
+        self.context.log.debug(f"{method} {path.partition('?')[0]}: the target answers {self._reply.status}")
         return self._reply
 
     def hold(self, sock: Any) -> None:
@@ -4089,9 +4104,9 @@ class Wire:
         except (OSError, ValueError) as error:
             raise self.broken(error) from None
 
-    def head(self) -> Optional[bytes]:
-        """The next message head without its empty line; None when the other side sends no more."""
-        deadline = 0.0                  # for the whole head, from its first byte on
+    def head(self, deadline: float = 0.0) -> Optional[bytes]:
+        """The next message head without its empty line; None when the other side sends no more.  Without a `deadline`
+        all of it must come within `patience` seconds of its first byte."""
         while True:
             end = self.head_end.search(self.buffer)
             if (end.start() if end else len(self.buffer)) > MAX_HEAD_BYTES:
@@ -4178,14 +4193,16 @@ class TargetWire(Wire):
     def answer_head(self, send_error: Optional[OSError]) -> tuple:
         """The parsed head of the final answer.  `send_error` is what broke the sending of the request: a server may
         answer and close before it has read all.  Raises _NoAnswer when not a byte of one came."""
+        deadline = 0.0
         try:
             while True:
-                head = self.head()
+                head = self.head(deadline)
                 if head is None:
                     break
                 parsed = parse_answer_head(head)
                 if parsed[1] >= 200:
                     return parsed       # 100 and 103 announce the answer; they are not the answer
+                deadline = deadline or time.monotonic() + self.patience
         except StreamTruncated as error:
             send_error = send_error or OSError(error.message)
         if self.buffer:
@@ -4259,12 +4276,9 @@ class Reply:
 
         Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, each after what came before it; or ClientGone.
         """
-        if self._inflate is None:
-            yield from self._body
-            return
-        for data in itertools.chain(self._body, [None]):
-            data = self._inflate(data)
-            if data:
+        for data in itertools.chain(self._body, [None] if self._inflate else []):
+            data = self._inflate(data) if self._inflate else data
+            if data:                    # no `yield from`: who stops here must not close the body, which close() reads on
                 yield data
 
     def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
@@ -4317,7 +4331,7 @@ class Upstream:
         key = (target.place, via)
         # A body that streams can be sent once: not on a connection that may be dead.
         reused = self._take(key) if isinstance(body, bytes) else None
-        wire = reused or self._dial(target, via, min(self._config.connect_timeout, patience))
+        wire = reused or self._dial(scope, target, via, min(self._config.connect_timeout, patience))
         while True:
             began = time.monotonic()
             try:
@@ -4333,7 +4347,7 @@ class Upstream:
                 # time it may have begun to generate, and nobody wants to pay twice.
                 if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
-            wire = self._dial(target, via, min(self._config.connect_timeout, patience))
+            wire = self._dial(scope, target, via, min(self._config.connect_timeout, patience))
         if 300 <= reply.status < 400 and reply.status != 304:
             reply.close()
             where = reply.headers.get("location", "").partition("?")[0]
@@ -4399,7 +4413,7 @@ class Upstream:
         for wire, _ in itertools.chain.from_iterable(idle.values()):
             wire.close()
 
-    def _dial(self, target: Target, via: Optional[Proxy], timeout: float) -> TargetWire:
+    def _dial(self, scope: Scope, target: Target, via: Optional[Proxy], timeout: float) -> TargetWire:
         """A new connection, through a proxy or TLS where they are needed."""
         host, port = via[:2] if via else (target.host, target.port)
         try:
@@ -4412,6 +4426,7 @@ class Upstream:
                 connection = http.client.HTTPConnection(host, port, timeout=timeout)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
+            scope.check()
             through = f" through the proxy {host}:{port}" if via else ""
             kind = UpstreamTimeout if isinstance(error, socket.timeout) else UpstreamUnreachable
             raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
@@ -4709,6 +4724,12 @@ class Catalogue:
         """A models filter keeps it from clients."""
         return not self._allowed(ModelInfo(model_id), ())
 
+    def refuse_hidden(self, text: str) -> None:
+        """Raises BadRequest 404 when a hidden model stands in a path, a query or a list."""
+        for info in self._models or ():
+            if info.id not in self._names and re.search(rf'(^|[/=?&,"\s]){re.escape(info.id)}($|[/=?&,"\s])', text):
+                raise model_not_found(info.id)
+
     @property
     def filtered(self) -> bool:
         """Lists of the target cannot be passed on as they are."""
@@ -4742,7 +4763,7 @@ class Catalogue:
             cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
             shown = self.shown_name(short if cut else info.id)
             info = info._replace(shown=shown, capabilities=self._capabilities(info))
-            own = [alias for alias, model_id in self._config.alias if model_id == info.id and "*" not in alias]
+            own = [alias for alias, model in self._config.alias if info.id in (model, f"{model}:latest") and "*" not in alias]
             if not self._allowed(info, own):
                 hidden += 1
                 continue
@@ -5434,7 +5455,7 @@ class Context:
         self.fallback = parse_target(config.fallback, "ollama") if config.fallback else None
         known = bool(self.target.name or self.target.preset.hosts)
         self._api = config.target_api if config.target_api != "auto" else self.target.preset.api if known else ""
-        self._asked = -1e9              # when the target did not answer
+        self._ask_again = -1e9          # not before: the target did not answer
         self._lock = threading.Lock()
         self._client_key = ""           # with --forward-auth: the last one seen, for lists
         self.mark = call_id()           # tells requests that went through this proxy
@@ -5445,29 +5466,25 @@ class Context:
         if self._api:
             return self._api
         with self._lock:
-            if not self._api and time.monotonic() - self._asked > FAILURE_MEMORY:
+            if not self._api and time.monotonic() > self._ask_again:
                 try:
                     self._api = "ollama" if self._is_ollama() else "openai"
-                except UpstreamUnreachable:
-                    self._asked = time.monotonic()      # down: asked again soon
-                except UpstreamTimeout:                 # an Ollama answers this at once
-                    self._api = "openai"
+                except UpstreamError as error:          # down, or hung: an Ollama answers this at once
+                    hung = isinstance(error, UpstreamTimeout)
+                    self._ask_again = time.monotonic() + (10 * FAILURE_MEMORY if hung else FAILURE_MEMORY)
         return self._api or "openai"
 
     def _is_ollama(self) -> bool:
         """Asks for a version, then for the OpenAI list.  Ollama shows every model with a tag (ollama-api 1.9);
         a server that has a version and lists ids without one emulates a part of Ollama (KoboldCpp, LocalAI, a
         proxy of our own kind), and is taken for the OpenAI server that it is."""
-        try:
-            status, _, payload = self.fetch(True, "/api/version", PROBE_TIMEOUT)
-            if status != 200 or not isinstance(as_dict(payload).get("version"), str):
-                return False
+        status, _, payload = self.fetch(True, "/api/version", PROBE_TIMEOUT)
+        if status == 200 and isinstance(as_dict(payload).get("version"), str):
             status, _, payload = self.fetch(False, "/models", PROBE_TIMEOUT)
-        except (UpstreamUnreachable, UpstreamTimeout):
-            raise
-        except UpstreamError:
-            return False
-        return all(":" in info.id for info in read_models(payload) or () if status == 200)
+            return all(":" in info.id for info in read_models(payload) or () if status == 200)
+        if status >= 500 and status != 501:
+            raise UpstreamUnreachable(f"{self.target.url} is in trouble: HTTP {status}")
+        return False
 
     def headers(self, request: Optional[Request] = None) -> list:
         """What goes to the target with every request: its key, never the client's unless so configured."""
@@ -5559,7 +5576,7 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
         loading = error.status == 503 and (_LOADING.search(error.message) or "model_loading" in str(error.body))
         if loading and time.monotonic() < patient_until:
             told = dict(error.headers).get("Retry-After", "")
-            scope.pause(min(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 30.0))
+            scope.pause(min(max(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 1.0), 30.0))
             continue
         if error.message == refused:    # the last remedy changed nothing
             attempt = before._replace(tried=attempt.tried)
@@ -5897,7 +5914,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     whole = path + (f"{'&' if '?' in path else '?'}{request.query}" if request.query else "")
     while True:
         if isinstance(body, bytes):
-            log.data(f"{request.method} {target.scheme}://{target.authority}{whole} - Request", body)
+            log.data(f"{request.method} {target.scheme}://{target.authority}{path.partition('?')[0]} - Request", body)
         reply = scope.open(target, request.method, whole, headers, body)
         answer = (reply.content_type, travelling(reply.headers, _ANSWER_HEADERS_DROPPED, ("access-control-",)))
         if reply.status < 400:
@@ -5952,7 +5969,7 @@ def load_relayed(context: Context, data: bytes) -> tuple[bytes, dict]:
     if context.api() == "ollama":
         body = lower_keys(body)
     elif context.catalogue.filtered:
-        body = {key: value for key, value in body.items() if key in _NAMING or key.lower() not in _NAMING}
+        body = {key: value for key, value in body.items() if key in _NAMING or key.casefold() not in _NAMING}
     return dump(body) if context.catalogue.filtered else data, body
 
 
@@ -5964,8 +5981,12 @@ def relay_openai(request: Request, scope: Scope) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     written = "json" in media_type or (media_type in ("", "text/plain", "application/x-www-form-urlencoded")
                                        and data.lstrip()[:1] == b"{")
+    if context.catalogue.filtered:
+        context.catalogue.refuse_hidden(urllib.parse.unquote(f"{request.path}?{request.query}"))
     if data and media_type == "multipart/form-data":
         found = _MODEL_PART.search(data)
+        if context.catalogue.filtered and (data[:2] != b"--" or len(re.findall(rb'name="?model"?[\r;]', data)) > 1):
+            raise BadRequest("a form must name its model once")
         if found or context.catalogue.filtered:
             info = context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "", True)
             data = data[:found.start(1)] + info.id.encode() + data[found.end(1):] if found else data
@@ -5979,6 +6000,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
                 body["model"] = info.id
         elif context.catalogue.filtered and name is not None:
             raise BadRequest("model must be a string")
+        if context.catalogue.filtered:          # OpenRouter's and LiteLLM's second choices
+            context.catalogue.refuse_hidden(json.dumps([body.get("models"), body.get("fallbacks")]))
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Leaves out what an editor added for itself, when the target names it (clients rule 43)."""
@@ -6000,8 +6023,8 @@ def relay_native(request: Request, scope: Scope) -> Response:
         if request.route.face:
             injected = defaults_for_native(context, request.route.face, body)
             data = dump({**body, **injected}) if injected else data
-        for key in _NAMING:
-            if isinstance(body.get(key), str) and context.catalogue.is_hidden(injected.get(key, body[key])):
+        for key in _NAMING[2:] if request.route.face else _NAMING:      # a model that was resolved may be seen
+            if isinstance(body.get(key), str) and context.catalogue.is_hidden(body[key]):
                 raise model_not_found(body[key])
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
@@ -6280,10 +6303,10 @@ class ClientWire(Wire):
     def too_large(self) -> ProxyError:
         return BadRequest("request head too large", 431, close=True)
 
-    def head(self) -> Optional[bytes]:
+    def head(self, deadline: float = 0.0) -> Optional[bytes]:
         """The next request head; a few empty lines before it are no matter (RFC 9112 section 2.2)."""
         self.buffer = re.sub(rb"^(?:\r\n){1,8}", b"", self.buffer)
-        return super().head()
+        return super().head(deadline)
 
     def check_beginning(self, beginning: bytes) -> None:
         """Refuses at once what never becomes a head that is understood."""
@@ -6302,7 +6325,11 @@ class ClientWire(Wire):
         self.set_timeout(self.patience)
         try:
             while view:
-                view = view[self.sock.send(view):]
+                slice_, began = view[:READ_SIZE], time.monotonic()
+                sent = self.sock.send(slice_)
+                if sent < len(slice_) and time.monotonic() - began >= self.patience:
+                    raise BlockingIOError       # the kernel's time-out, told as a short write
+                view = view[sent:]
         except OSError:
             raise ClientGone("client closed the connection, or does not read") from None
 
@@ -6353,16 +6380,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """A connection begins: in a thread of its own, or not at all."""
         with self.changed:
             self.connections += 1
-            too_many = self.connections > self.context.config.max_connections
-        if too_many:
+            refused = self.connections > self.context.config.max_connections
+        if not refused:
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:        # no more threads
+                refused = True
+        if refused:
             body = dump({"error": "server busy, please try again.  maximum pending requests exceeded"})
             request.setblocking(False)
             with contextlib.suppress(OSError):
                 request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
                              b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
             self.shutdown_request(request)
-        else:
-            super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """A connection ends."""
@@ -6383,17 +6413,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """How many requests are being answered."""
         return sum(self.answering.values())
 
-    @contextlib.contextmanager
-    def counted(self, connection: Any) -> Iterator[None]:
-        """One request being answered."""
+    def mark(self, connection: Any, answering: bool) -> None:
+        """A request on `connection` has come, or was answered."""
         with self.changed:
-            self.answering[connection] = True
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.answering[connection] = False
-                self.changed.notify_all()
+            self.answering[connection] = answering
+            self.changed.notify_all()
 
     def drain(self, seconds: float) -> None:
         """Stops accepting and keeping connections, ends idle ones, waits for calls in flight at most `seconds`."""
@@ -6437,8 +6461,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self.context.config.client_timeout)
             self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
         self.wire = ClientWire(self.connection, self.context.config.client_timeout)
-        with self.server.changed:
-            self.server.answering[self.connection] = False
+        self.server.mark(self.connection, False)
 
     def finish(self) -> None:
         """Closes the TLS socket, which has taken the plain one over."""
@@ -6452,22 +6475,22 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """One request from its first byte to its access line."""
         self.close_connection, self.asked, self._cors, self._sent, self._error_text = True, None, [], 0, ""
         with contextlib.suppress(ProxyError):       # gone, or silent for too long: nobody asked anything
-            self.wire.buffer = self.wire.buffer or self.wire.receive()
+            self.wire.buffer = self.wire.buffer.lstrip(b"\r\n") or self.wire.receive()
         if not self.wire.buffer:
             return
         threading.current_thread().name = f"#{next(_REQUEST_NUMBERS)}"
-        with self.server.counted(self.connection):
-            try:
-                with Scope(self.context, self.connection) as scope:
-                    self.send(self.respond(scope))
-            except ClientGone as gone:
-                self._log(gone.status)
-            except Exception as error:  # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
-                complain(error)
-                self._log(200)
-                return
+        try:
+            with Scope(self.context, self.connection) as scope:
+                self.send(self.respond(scope))
             if self.close_connection and not self.wire.in_step:
                 self._linger()
+        except ClientGone as gone:
+            self._log(gone.status)
+        except Exception as error:      # noqa: BLE001  a bug in mid-stream: the client must not take it for the end
+            complain(error)
+            self._log(200)
+        finally:
+            self.server.mark(self.connection, False)
 
     def respond(self, scope: Scope) -> Response:
         """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
@@ -6505,6 +6528,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Reads a head, strictly; `asked` is the Request.  False when the client left.  Raises BadRequest."""
         head = self.wire.head()
         if head is not None:
+            self.server.mark(self.connection, True)
             self.asked = parse_request_head(head, self._names_us)
             self.wire.in_step = not (self.asked.length or self.asked.chunked)
         return head is not None
@@ -6579,7 +6603,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request.keep, self.wire.in_step = False, False
         if not request.path.startswith("/v1"):
             error = blame_our_key(self.context, error, request)
-        error.message = self._error_text = self.context.log.redact(error.message)
+        own = self.context.authorization_of(request).rpartition(" ")[2]     # a client's key that the target repeats
+        error.message = self._error_text = self.context.log.redact(error.message.replace(own or "\0", "***"))
         dialect = request_dialect(request)
         headers = list(error.headers)
         if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
@@ -6900,59 +6925,61 @@ def finding(name: str, data: bytes) -> str:
     return f"{pieces} piece{'s' * (pieces != 1)}, {finish.usage.completion_tokens} tokens{called}"
 
 
-def serve(server: ProxyServer, quiet: bool = False, workers: Iterable = ()) -> int:
+def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders: Any = None) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; then lets streams end for --grace seconds.  A second signal cuts them.
-    Both are passed on to `workers`, process ids."""
+
+    With --workers the first process passes both on to its `children` by `tell`, bytes in a pipe that they read from
+    `orders`: signals often reach the whole group, and would count twice there.
+    """
     asked, insisted = threading.Event(), threading.Event()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda *_: (insisted if asked.is_set() else asked).set())
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    if not quiet:
+            signal.signal(number, signal.SIG_IGN if orders else lambda *_: (insisted if asked.is_set() else asked).set())
+    if orders:
+        obey = lambda: (os.read(orders, 1), asked.set(), os.read(orders, 1), insisted.set())      # noqa: E731
+        threading.Thread(target=obey, name="orders", daemon=True).start()
+    else:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     while not asked.wait(0.5):              # without a time-out Windows does not notice Ctrl-C
         pass
-    pass_on(workers)
     if server.calls:
         server.context.log.say(f"finishing {server.calls} request{'s' * (server.calls > 1)}; again to cut them")
     drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
     drain.start()
-    while drain.is_alive() and not insisted.wait(0.1):
+    if tell:
+        tell()
+    while (drain.is_alive() or any(map(is_running, children))) and not insisted.wait(0.1):
         pass
-    if insisted.is_set():
-        pass_on(workers)
+    if insisted.is_set() and tell:
+        tell()
     if server.calls:
         server.context.log.say(f"{server.calls} request{'s were' if server.calls > 1 else ' was'} cut")
     server.context.log.close()
     return 0
 
 
-def pass_on(workers: Iterable) -> None:
-    """SIGTERM for other processes."""
-    for pid in workers:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGTERM)
+def is_running(pid: int) -> bool:
+    """Whether a child process still runs."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except OSError:                     # it was waited for already
+        return False
 
 
 def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
-    """--workers: the listening socket is open already; every process accepts on it, none outlives the first."""
-    children = []
+    """--workers: the listening socket is open already; every process accepts on it, none outlives the first: the end
+    of the pipe is an order, too."""
+    children: list[int] = []
     reader, writer = os.pipe()
     for _ in range(count - 1):
         pid = os.fork()
         if pid == 0:
-            os.close(writer)            # so that the read returns when the first process is gone, however it went
-            ended = lambda: (os.read(reader, 1), os.kill(os.getpid(), signal.SIGTERM))     # noqa: E731
-            threading.Thread(target=ended, daemon=True).start()
-            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), quiet=True))
+            os.close(writer)
+            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), orders=reader))
         children.append(pid)
-    status = serve(server, workers=children)
-    for pid in children:
-        with contextlib.suppress(OSError):
-            os.waitpid(pid, 0)
-    os.close(writer)
-    return status
+    return serve(server, children, lambda: os.write(writer, b"." * len(children)))
 
 
 def main(argv: Optional[list] = None) -> int:
