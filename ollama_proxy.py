@@ -986,7 +986,7 @@ OLLAMA_FIELDS = {
     "model": str, "name": str, "messages": list, "prompt": str, "suffix": str, "system": str, "template": str,
     "raw": bool, "context": list, "images": list, "stream": bool, "options": dict, "tools": list, "tool_choice": object,
     "format": object, "think": object, "keep_alive": object, "logprobs": bool, "top_logprobs": int, "truncate": bool,
-    "shift": bool, "dimensions": int, "input": object}
+    "shift": bool, "dimensions": int, "input": object, "verbose": bool, "insecure": bool, "username": str, "password": str}
 MESSAGE_FIELDS = {"role": str, "content": object, "thinking": str, "images": list, "tool_calls": list,
                   "tool_name": str, "tool_call_id": str}
 CALL_FIELDS = {"id": str, "function": dict, "name": str, "arguments": object}
@@ -1371,6 +1371,8 @@ def plain_schema(schema: Any, root: Optional[dict] = None, strictly: bool = Fals
     for key, value in schema.items():
         if key == "properties":
             plain[key] = {name: inner(item) for name, item in as_dict(value).items()}
+        elif key == "allOf" and len(as_list(value)) == 1:
+            plain.update(inner(value[0]))
         elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
             plain["anyOf" if key == "oneOf" else key] = list(map(inner, value))
         elif key == "const":
@@ -1785,7 +1787,8 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
 def choose_tools(tools: tuple, choice: Any) -> dict:
     """`tools` and `tool_choice` as arguments of ChatCall; {"type": "allowed_tools"} leaves the others out."""
     allowed = as_dict(as_dict(choice).get("allowed_tools"))
-    if allowed:
+    if as_dict(choice).get("type") == "allowed_tools":
+        allowed = allowed or choice     # as /v1/responses writes it
         names = {parse_tool_choice(tool) for tool in as_list(allowed.get("tools"))}
         tools, choice = tuple(tool for tool in tools if (tool.name,) in names), allowed.get("mode")
     return {"tools": tools, "tool_choice": parse_tool_choice(choice)}
@@ -1831,7 +1834,7 @@ def parse_openai_embed(body: dict, legacy: bool = False) -> EmbedCall:
     if encoding not in ("float", "base64"):
         raise BadRequest("invalid encoding_format: float or base64 is expected")
     return EmbedCall(model, inputs, body.get("dimensions") or None, base64=encoding == "base64",
-                     keep_alive=body.get("keep_alive"), options=body.get("options", {}))
+                     keep_alive=parse_keep_alive(body.get("keep_alive")), options=body.get("options", {}))
 
 
 def tie_results(messages: tuple) -> tuple:
@@ -2761,8 +2764,6 @@ def parse_responses(body: dict, face: str = "chat") -> ChatCall:
     turns = [Message("system", body["instructions"])] if body.get("instructions") else []
     wanted = as_dict(body.get("text", {}).get("format"))
     choice = body.get("tool_choice")
-    if as_dict(choice).get("type") == "allowed_tools":
-        choice = {"allowed_tools": {"mode": choice.get("mode"), "tools": choice.get("tools")}}
     options = present(temperature=body.get("temperature"), top_p=body.get("top_p"),
                       max_tokens=body.get("max_output_tokens"))
     return ChatCall(model, face, tie_results(tuple(turns + parse_items(items))), options=options, labels=labels,
@@ -2986,16 +2987,19 @@ RESPONSES = Dialect("responses", parse_responses, Encoder=ResponsesEncoder, rend
 # decoder and encoder stand steps: small filters of events, one for each thing that text may hide.
 # ----------------------------------------------------------------------------
 
-# What opens reasoning, what closes it, and what then stands before the answer.  A model opens it before its first
-# word, or not at all.
+# What opens reasoning, what closes it, and whether another mark may follow.  A model opens it before its first word,
+# or not at all; a mark that nothing closes stands before the answer.
 MARKS = (
-    ("<think>", "</think>", ""), ("<thinking>", "</thinking>", ""), ("<thought>", "</thought>", ""),
-    ("[THINK]", "[/THINK]", ""),                                            # Mistral
-    ("<|channel>thought", "<channel|>", ""), ("<|channel>", "<channel|>", ""),              # Gemma
-    ("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant<|channel|>final<|message|>"),     # gpt-oss
-    ("<|channel|>final<|message|>", "", ""),
+    ("<think>", "</think>", False), ("<thinking>", "</thinking>", False), ("<thought>", "</thought>", False),
+    ("<reasoning>", "</reasoning>", False), ("[THINK]", "[/THINK]", False),             # the last is Mistral's
+    ("<seed:think>", "</seed:think>", False), ("◁think▷", "◁/think▷", False),           # ByteDance, Moonshot
+    ("<|channel>thought", "<channel|>", False), ("<|channel>", "<channel|>", False),    # Gemma
+    ("<|START_THINKING|>", "<|END_THINKING|>", True), ("<|START_RESPONSE|>", "", False),            # Cohere
+    ("<|channel|>analysis<|message|>", "<|end|>", True), ("<|channel|>final<|message|>", "", False),    # gpt-oss
+    ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|>", True),
+    ("<|start|>assistant<|channel|>final<|message|>", "", False),
 )
-_CLOSERS = tuple(closer for _, closer, _ in MARKS[:4])
+_CLOSERS = tuple(closer for _, closer, _ in MARKS[:5])
 
 
 def partial_at(marks: Iterable, text: str) -> int:
@@ -3067,20 +3071,20 @@ class ThinkTags(Step):
     def __init__(self, decoder: Any, opened: bool = False) -> None:
         super().__init__()
         self._state, self._opened, self._decoder = "inside" if opened else "start", opened, decoder
-        self._spoke, self._closers, self._before = False, _CLOSERS, ""
+        self._spoke, self._closers, self._again = False, _CLOSERS, False
         self.begins_inside: Optional[bool] = None
 
     def feed(self) -> Any:
         events: list = []
-        if self._state == "start":
-            self._start()
-        if self._state == "inside":
-            events = self._inside()
-        if self._state == "after":              # white space, or more, between the mark and the answer
-            self._held = self._held.lstrip()
-            if self._before and self._held.startswith(self._before):
-                self._held, self._before = self._held[len(self._before):], ""
-            self._state = "after" if self._before.startswith(self._held) else "plain"
+        passed: Any = None              # one text may pass several states
+        while passed != (self._state, self._held):
+            passed = (self._state, self._held)
+            if self._state == "start":
+                self._start()
+            elif self._state == "inside":
+                events += self._inside()
+            elif self._state == "after" and self._held.lstrip():        # white space between the mark and the answer
+                self._held, self._state = self._held.lstrip(), "start" if self._again else "plain"
         if self._state == "plain":
             self.idle = True
             return events + [TextDelta(super().feed())] if events else super().feed()
@@ -3101,7 +3105,7 @@ class ThinkTags(Step):
             return
         mark = next((mark for mark in MARKS if begun.startswith(mark[0])), None)
         if mark:
-            self._held, self._closers, self._before = begun[len(mark[0]):], mark[1:2], mark[2]
+            self._held, self._closers, self._again = begun[len(mark[0]):], mark[1:2], mark[2]
             self._state = "inside" if mark[1] else "after"
         elif self._decoder.whole and begun[:1] != "<" and any(closer in begun for closer in _CLOSERS):
             self._state, self.begins_inside = "inside", True
@@ -5153,7 +5157,7 @@ _DEMANDS = re.compile(
     r"(must be|needs? to be) (passed|provided|included|present|set|sent)|(is|are) (missing|required)|[Mm]issing")
 # What servers say with a status that means something else to Ollama clients: 404 makes them pull the model.
 _NOT_FOUND_MEANS = (
-    (re.compile("support tool use|supports? tools|tool.{0,20}not supported", re.I), "does not support tools"),
+    (re.compile("support tool use|supports? tools|tool.{0,20}not supported|tool_choice", re.I), "does not support tools"),
     (re.compile("support (image|vision)|image.{0,20}not supported", re.I), "does not support images"))
 # Never dropped: an answer without them would be an answer to another question (rule 29).
 _ESSENTIAL = frozenset(("model", "messages", "stream", "tools", "prompt", "input", "images", "suffix"))
@@ -5233,10 +5237,11 @@ class Healer:
         the client wants as they are."""
         lasting = not _VALUE_REFUSED.search(error.message)
         for remedy, told in self._remedies(error, body):
-            if remedy in attempt.tried or remedy.key in kept:
+            attempted = (remedy, told and told.string)
+            if attempted in attempt.tried or (remedy.edit and remedy.key in kept):
                 continue
             learned = (remedy.words,) if remedy.lesson and lasting else ()
-            tried, words = attempt.tried + (remedy,), attempt.words + learned
+            tried, words = attempt.tried + (attempted,), attempt.words + learned
             habits = attempt.habits._replace(**(remedy.habits(told) if callable(remedy.habits) else remedy.habits))
             if habits != attempt.habits:
                 return Attempt(habits, attempt.edits, words, tried)
@@ -5248,7 +5253,7 @@ class Healer:
     @staticmethod
     def _remedies(error: UpstreamRefused, body: dict) -> Iterator[tuple[Remedy, Any]]:
         """(remedy, match of its pattern), likeliest first."""
-        text = error.message[:20000]
+        text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", error.message[:20000])        # 8,192 is 8192
         limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
         if limit and _CONTEXT_OVERFLOW.search(text) and not re.search("unsupported|not supported", text, re.I):
             yield Remedy("", limit, _drop, lesson=False), None
@@ -5334,7 +5339,7 @@ class Request:
         path, _, self.query = target.partition("?")
         self.path = clean_path(path)
         self.body: Any = b""
-        self.length, self.chunked, self.keep = 0, False, version == 1
+        self.length, self.chunked, self.keep, self.packed = 0, False, version == 1, False
         self.route: Any = None
         self.started = time.monotonic_ns()
 
@@ -5578,10 +5583,11 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
             told = dict(error.headers).get("Retry-After", "")
             scope.pause(min(max(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 1.0), 30.0))
             continue
-        if error.message == refused:    # the last remedy changed nothing
+        refusal_text = re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", error.message)      # without ids of requests
+        if refusal_text == refused:     # the last remedy changed nothing
             attempt = before._replace(tried=attempt.tried)
             wire = attempt.body(render)
-        before, refused = attempt, error.message
+        before, refused = attempt, refusal_text
         healed = context.healer.heal(error, wire.body, attempt, kept) if len(attempt.tried) < 6 else None
         if healed is None:
             raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
@@ -5950,8 +5956,21 @@ def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
 
 
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
-_MODEL_PART = re.compile(rb'name="?model"?\r\n(?:[^\r\n]{1,200}\r\n){0,8}\r\n([^\r\n]{1,200})\r\n')     # multipart
 _NAMING = ("model", "name", "source", "from")       # the keys under which requests name models
+
+
+def model_parts(data: bytes, content_type: str) -> list[tuple[int, int]]:
+    """Where the values of fields named "model" stand in a form (RFC 7578)."""
+    boundary = re.search(r'boundary="?([^";]+)"?', content_type)
+    mark = b"--" + boundary[1].encode("latin-1") if boundary else b"--"
+    at, found = 0 if data.startswith(mark) else -1, []
+    while at >= 0:
+        start, after = data.find(b"\r\n\r\n", at), data.find(b"\r\n" + mark, at + 1)
+        head = data[at:start].lower()
+        if 0 <= start < after and re.search(rb';\s*name="?model"?\s*(;|\r|$)', head) and b"filename" not in head:
+            found.append((start + 4, after))
+        at = after
+    return found
 
 
 def with_model(data: bytes, body: dict, model: str) -> bytes:
@@ -5979,17 +5998,18 @@ def relay_openai(request: Request, scope: Scope) -> Response:
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    written = "json" in media_type or (media_type in ("", "text/plain", "application/x-www-form-urlencoded")
+    written = not request.packed and media_type.rpartition("+")[2] in ("application/json", "text/json", "json") or (
+        not request.packed and media_type in ("", "text/plain", "application/x-www-form-urlencoded")
                                        and data.lstrip()[:1] == b"{")
     if context.catalogue.filtered:
         context.catalogue.refuse_hidden(urllib.parse.unquote(f"{request.path}?{request.query}"))
     if data and media_type == "multipart/form-data":
-        found = _MODEL_PART.search(data)
-        if context.catalogue.filtered and (data[:2] != b"--" or len(re.findall(rb'name="?model"?[\r;]', data)) > 1):
-            raise BadRequest("a form must name its model once")
-        if found or context.catalogue.filtered:
-            info = context.catalogue.resolve(found[1].decode("utf-8", "replace") if found else "", True)
-            data = data[:found.start(1)] + info.id.encode() + data[found.end(1):] if found else data
+        found = model_parts(data, request.headers["content-type"])
+        if context.catalogue.filtered and len(found) != 1:
+            raise BadRequest("a form must name its model once", 404 if not found else None)
+        for start, end in found[:1]:
+            info = context.catalogue.resolve(data[start:end].decode("utf-8", "replace"), True)
+            data = data[:start] + info.id.encode() + data[end:]
     elif data and (written and request.method == "POST" or context.catalogue.filtered):
         data, body = load_relayed(context, data)
         name = body.get("model")
@@ -6583,7 +6603,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         coding, found, size = request.headers.get("content-encoding", "").strip().lower(), [], 0
         relayed = request.route.operation in (relay_openai, relay_or_translate) and not self.context.catalogue.filtered
         if relayed and coding not in CODINGS:
-            request.headers["content-type"] = "application/octet-stream"    # not to be read here: it passes as it is
+            request.packed = True       # not to be read here: it passes as it is
         elif request.headers.pop("content-encoding", "") and coding != "identity":
             pieces = map(inflater(coding, unreadable), itertools.chain(pieces, [None]))
         for piece in pieces:
