@@ -791,6 +791,22 @@ def some_pieces(chance, data):
     return [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)]) if one < two]
 
 
+@cases("texts", [["one", " two", " three", "four \ud83d", "\ude00", " five", " six", "\ud83d", "seven", "\ude00 eight"],
+                ["\ud83d\ude00", " a", " b", " c\ud83d", "", "\ude00", " d"], ["a", "b", "c\ud83d", "d\ud83d"]])
+def test_halves_of_pairs_are_joined_at_every_cut_with_the_shortcut_and_without(texts):
+    data = sse(*map(delta, texts), STOP)
+    wanted = "".join(texts).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    for pieces in splits(data):
+        outs = []
+        for shortcut in (True, False):
+            call = chat_call()
+            decoder = OpenAIDecoder(call)
+            encoder = OllamaEncoder(call, StillClock, 1, 2)
+            outs.append(through(Translation(decoder, encoder, steps_of(call, decoder), shortcut=shortcut), pieces))
+        assert outs[0] == outs[1]
+        assert "".join(json.loads(line)["message"]["content"] for line in outs[0].splitlines()) == wanted
+
+
 @cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
 @cases("face", ["chat", "generate"])
 def test_the_shortcut_is_invisible(dialect, encoder, face, monkeypatch):
@@ -1857,7 +1873,7 @@ class RunningProxy:
         self.server = ProxyServer(self.context, self.config.address)
         self.port = self.server.server_port
         self.url = f"http{'s' if self.config.tls_cert else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
     def wait_logged(self, text, count=1):
         """Waits for `count` lines with `text` in them, and returns the first."""
@@ -3122,7 +3138,9 @@ OTHERWISE = [
      "Groq": "max_tokens must be less than or equal to 8192, the maximum value for max_tokens is less than the "
              "context_window for this model",
      "Cohere": "invalid request: max_tokens must be less than or equal to 8192, the maximum output length for this "
-               "model - received 100000."}),
+               "model - received 100000.",
+     "TGI": (422, {"error": "Input validation error: `max_new_tokens` must be <= 8192. Given: 100000",
+                   "error_type": "validation"})}),
     ("a temperature", {"messages": [HI], "options": {"temperature": 1.9, "num_predict": 9}},
      lambda body: 0.9 <= body.get("temperature", 1) <= 1 and body["max_tokens"] == 9,
      ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
@@ -3137,6 +3155,11 @@ OTHERWISE = [
      "Claude": "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
      "Bedrock": "The model returned the following errors: 'temperature' and 'top_p' cannot both be specified for this "
                 "model. Please use only one."}),
+    ("a temperature beside thinking", {"messages": [HI], "think": "high", "options": {"temperature": 0.5}},
+     lambda body: "temperature" not in body and body["reasoning_effort"] == "high",
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "Claude": "`temperature` may only be set to 1 when thinking is enabled. Please consult our documentation at "
+               "https://docs.x/extended-thinking"}),
     ("neighbours", {"messages": [SYSTEM, turn("user", "It is cold.", images=[PICTURE]), turn("user", "What helps?")]},
      lambda body: roles(body) == ["system", "user"], None, {
      "llama.cpp": (500, {"error": {"code": 500, "type": "server_error", "message":
@@ -3318,6 +3341,15 @@ OTHERWISE = [
               "'low', 'medium', and 'high'.",
     "Groq": "'reasoning_effort' : value is not one of the allowed values ['none', 'default', 'low', 'medium', "
             "'high']"}),
+    ("no thinking", {"messages": [HI], "think": False}, lambda body: body.get("reasoning_effort") != "none",
+     ({"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") == "high"), {
+     "OpenAI": (400, {"error": {"param": "reasoning_effort", "code": "unsupported_value", "message": "Unsupported "
+                "value: 'reasoning_effort' does not support 'none' with this model. Supported values are: 'minimal', "
+                "'low', 'medium', and 'high'."}}),
+     "Groq": "`reasoning_effort` must be one of `low`, `medium`, or `high`"}),
+    ("a level of thinking", {"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") != "high",
+     ({"messages": [HI], "think": False}, lambda body: body.get("reasoning_effort") == "none"), {
+     "Groq": "`reasoning_effort` must be one of `none` or `default`"}),
     ("an answer without its reasoning", {"messages": THOUGHT}, lambda body: [
     message.get("reasoning_content", "").strip() for message in body["messages"] if message["role"] == "assistant"]
     == ["because", ""] and body["messages"][3]["reasoning_content"], None, {
@@ -3759,6 +3791,35 @@ def test_x13_context_overflow_is_tried_once_without_a_limit(start, target):
     assert target.calls("/v1/chat/completions")[2].json["max_tokens"] == 5          # no lesson for good
     target.answers["/v1/chat/completions"] = overflow
     assert proxy.post("/api/chat", CHAT).status == 400 and len(target.calls("/v1/chat/completions")) == 4
+
+
+TOO_MUCH = [    # a prompt and a limit that do not fit together
+    "This model's maximum context length is 8192 tokens. However, you requested 100062 tokens (62 in the messages, "
+    "100000 in the completion). Please reduce the length of the messages or completion.",
+    "'max_tokens' or 'max_completion_tokens' is too large: 100000. This model's maximum context length is 64001 tokens "
+    "and your request has 24235 input tokens (100000 > 64001 - 24235). None",
+    "You passed 400 input tokens and requested 100000 output tokens. However, the model's context length is only 2048 "
+    "tokens, resulting in a maximum input length of 3 tokens.",
+    "This endpoint's maximum context length is 131072 tokens. However, you requested about 195000 tokens (95000 of "
+    "text input, 100000 in the output).",
+    "max_tokens: 100000 > context_window: 200000 - input_tokens: 190000 = available_tokens: 10000",
+    "input length and `max_tokens` exceed context limit: 188240 + 100000 > 200000, decrease input length or "
+    "`max_tokens` and try again",
+    "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193. Given: 5000 `inputs` tokens and "
+    "100000 `max_new_tokens`",
+    "request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it"]
+
+
+@cases("text", TOO_MUCH)
+def test_a_limit_that_does_not_fit_beside_the_prompt_is_lowered_or_left_out_once(start, target, text):
+    target.answers["/v1/chat/completions"] = reluctant(text)
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [HI], "options": {"num_predict": 100000}})
+    sent = target.calls("/v1/chat/completions")[-1].json
+    assert len(target.calls("/v1/chat/completions")) == 2
+    assert "max_completion_tokens" not in sent and sent.get("max_tokens", 1) < 100000
+    answered(proxy, {"messages": [HI], "options": {"num_predict": 50}})
+    assert target.calls("/v1/chat/completions")[-1].json.get("max_tokens") == 50 and not lessons_in(proxy)
 
 
 @cases("error, headers, times", [({"error": {"message": "Loading model", "code": 503}}, (), 1),
