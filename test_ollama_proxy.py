@@ -565,6 +565,9 @@ STREAMS = [
     ("F121b an empty object before the arguments", "chat",
      tight(call_delta(part("f", "{}", index=0, id="a")), call_delta(part(None, '{"x"', index=0)),
            call_delta(part(None, ":1}", index=0)), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F121c numbers beyond JSON in arguments", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":NaN,"y":1e999,"z":-Infinity,"n":1.5}', id="a")]),
+     lines(calls=[("f", {"x": None, "y": None, "z": None, "n": 1.5})])),
     ("F122 a call without arguments, whole", "chat",
      whole(None, "tool_calls", [part("f", id="a", type="function")]), lines(calls=[("f", {})])),
     ("F123 an error inside the choice", "chat",
@@ -3176,6 +3179,26 @@ OTHERWISE = [
                 "alternates between user and assistant roles and try again.",
      "Claude": 'messages: roles must alternate between "user" and "assistant", but found multiple "user" roles in a '
                'row', "Gemini": "Please ensure that multiturn requests alternate between user and model."}),
+    ("neighbours, one of which calls", {"messages": [
+        turn("user", "go"), turn("assistant", "I shall look."), *CALLED[1:], HI], "tools": [a_tool("look.up")]},
+     lambda body: roles(body) == ["user", "assistant", "tool", "user"] and len(names_in(body)) == 2, None, {
+     "llama.cpp": (500, {"error": {"message": "Jinja Exception: After the optional system message, conversation roles "
+                   "must alternate user and assistant roles except for tool calls and results."}})}),
+    ("a greeting", {"messages": [SYSTEM, turn("assistant", "Hello!"), HI]},
+     lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
+     "Bedrock": "A conversation must start with a user message. Try again with a conversation that starts with a user "
+                "message.", "Claude": 'messages: first message must use the "user" role',
+     "llama.cpp": (500, {"error": {"message": "Jinja Exception: Conversation roles must alternate user/assistant/user/"
+                   "assistant/..."}})}),
+    ("a question behind results", {"messages": [*CALLED, HI]},
+     lambda body: roles(body) == ["user", "assistant", "tool", "assistant", "user"], None, {
+     "Mistral": (400, {"object": "error", "message": "Unexpected role 'user' after role 'tool'",
+                       "type": "invalid_request_message_order", "param": None, "code": "3230"}),
+     "OpenRouter": (400, {"error": {"message": "Provider returned error", "code": 400, "metadata": {
+                    "raw": '{"object":"error","message":"Unexpected role \'user\' after role \'tool\'","code":"3230"}',
+                    "provider_name": "Mistral"}}}),
+     "LiteLLM": 'litellm.BadRequestError: MistralException - {"object":"error","message":"Unexpected role \'user\' '
+                'after role \'tool\'","type":"invalid_request_message_order","param":null,"code":"3230"}'}),
     ("a late system turn", {"messages": [SYSTEM, HI, turn("assistant", "ok"), turn("system", "Mind the gap."), HI]},
      lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
      "Qwen": (500, {"error": {"message": "Jinja Exception: System message must be at the beginning."}}),
@@ -3282,6 +3305,17 @@ OTHERWISE = [
     "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
     "vLLM's guidance": 'Grammar error: Unimplemented keys: ["propertyNames"]',
     "Cerebras": "Unsupported JSON schema fields: {'pattern'}"}),
+    ("a type that is a list", {"messages": [HI], "tools": [a_tool("f", properties={
+        "a": {"type": ["string", "null"]}, "b": {"type": "array", "items": {"type": ["integer", "null"]}}})]},
+     lambda body: re.findall(r'"type": "?(.*?)[",]', json.dumps(body["tools"][0]["function"]["parameters"])) == [
+         "object", "string", "array", "integer"], None, {
+     "Gemini": [{"error": {"code": 400, "message": "Invalid JSON payload received. Unknown name \"type\" at 'tools[0]."
+                 "function_declarations[0].parameters.properties[0].value': Proto field is not repeating, cannot start "
+                 "list."}}]}),
+    ("a tool without parameters", {"messages": [HI], "tools": [{"type": "function", "function": {"name": "now"}}]},
+     lambda body: body["tools"][0]["function"].get("parameters", {"properties": 1}).get("properties"), None, {
+     "Gemini": [{"error": {"code": 400, "message": "* GenerateContentRequest.tools[0].function_declarations[0]."
+                 "parameters.properties: should be non-empty for OBJECT type"}}]}),
     ("a schema beside tools", {"messages": [HI], "tools": [a_tool()], "format": FORMAT}, in_words,
      ({"messages": [HI], "format": FORMAT}, lambda body: "response_format" in body), {
      "Gemini": [{"error": {"code": 400, "message": "Function calling with a response mime type: 'application/json' is "
