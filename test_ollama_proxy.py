@@ -2525,6 +2525,11 @@ def test_text_that_is_no_utf8_is_served_as_go_reads_it(start, target, path, body
     assert start().post(path, body % text).status == 200
     sent = target.calls("/v1/chat/completions")[-1]
     assert sent.json["messages"][0]["content"] == wanted or wanted is None
+    target.answers.update({"/api/tags": http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]}),
+                           "/api/chat": http_answer(NATIVE_WHOLE)})
+    chat = body.replace(b'"prompt":"%b"', b'"messages":[{"role":"user","content":"%b"}]')
+    assert start("--target-api", "ollama").post("/v1/chat/completions", chat % text).status == 200
+    assert target.calls("/api/chat")[-1].json["messages"][0]["content"] == wanted or wanted is None
     assert not re.search(rb"\\ud[89a-f]", re.sub(rb"\\ud[89ab]..\\ud[c-f]..", b"", sent.data)), "half a pair"
 
 
@@ -3411,6 +3416,15 @@ OTHERWISE = [
               "25 instead.", "Voyage": "The batch size limit is 10. Your batch size is 25.",
     "a limit of one": "Too many inputs for model None. The max number of inputs is 1.",
     "a gateway": (413, {"error": {"message": "at most 10 inputs are allowed in one request"}})}),
+    ("too much at once", {"input": [f"t{at:02}" for at in range(25)]},
+     lambda body: body["input"] == [f"t{at:02}" for at in range(len(body["input"]))] and len(body["input"]) < 25,
+     ({"input": ["a", "b"]}, lambda body: body["input"] == ["a", "b"]), {
+     "Mistral": "Too many inputs in request, split into more batches.",
+     "Mistral's tokens": "Too many tokens overall, split into more batches.",
+     "Mistral, before": "Too many tokens in batch. Max is 16384 got 17555",
+     "Voyage": "The max allowed tokens per submitted batch is 120000. Your batch has 121138 tokens after truncation. "
+               "Please lower the number of tokens in the batch.",
+     "OpenAI": "Requested 400000 tokens, max 300000 tokens per request"}),
     ("a long text", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short" and len(body["input"]) == 2
      and WORDS.startswith(body["input"][1]) and 200 < len(body["input"][1].split()) < 512,
      ({"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
