@@ -3634,6 +3634,40 @@ def test_the_client_is_told_what_the_most_healed_request_was_refused_for(start, 
     assert "reasoning_effort" not in target.calls("/v1/chat/completions")[1].json and not lessons_in(proxy)
 
 
+AGENTS = [      # what coding agents send
+    ("/v1/messages", {"max_tokens": 100000, "system": "Be brief.", "messages": [HI], "thinking": {"type": "adaptive"},
+                      "output_config": {"effort": "high"},
+                      "tools": [{"name": "look.up", "input_schema": {"type": "object"}}]}),
+    ("/v1/responses", {"max_output_tokens": 100000, "instructions": "Be brief.", "input": "hi",
+                       "reasoning": {"effort": "high"},
+                       "tools": [{"type": "function", "name": "look.up", "parameters": {"type": "object"}}]})]
+
+
+@cases("path, body", AGENTS, ids=[row[0] for row in AGENTS])
+def test_requests_of_coding_agents_are_healed_as_all_others(start, target, path, body):
+    target.answers["/v1/chat/completions"] = reluctant(
+        "System role not supported", "Invalid 'tools[0].function.name': string does not match pattern.",
+        "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]")
+    proxy = start("--target-api", "openai", "--translate", "always")
+    for count in (4, 6):                # names and system texts are learned, a limit is each request's own
+        assert proxy.post(path, {"model": "m", **body}).status == 200
+        sent = target.calls("/v1/chat/completions")[-1].json
+        assert "system" not in roles(sent) and "Be brief." in said(sent) and re.fullmatch(NAME, names_in(sent)[0])
+        assert sent["max_tokens"] == 8192 and len(sent["tools"]) == 1
+        target.answers["/v1/chat/completions"] = reluctant("the valid range of max_tokens is [1, 8192]")
+        assert len(target.calls("/v1/chat/completions")) == count
+    assert len(lessons_in(proxy)) == 2
+
+
+@cases("path, body", AGENTS, ids=[row[0] for row in AGENTS])
+def test_a_coding_agent_is_told_what_its_most_healed_request_was_refused_for(start, target, path, body):
+    target.answers["/v1/chat/completions"] = [
+        http_answer({"error": {"message": "`reasoning_effort` is not supported with this model"}}, 400),
+        http_answer({"error": {"message": "Your credit balance is too low"}}, 402)]
+    answer = start("--target-api", "openai", "--translate", "always").post(path, {"model": "m", **body})
+    assert answer.status == 402 and json.loads(answer.data)["error"]["message"] == "Your credit balance is too low"
+
+
 def test_tools_get_names_that_a_target_takes_and_their_own_ones_back(start, target):
     shown = []
 
@@ -6169,7 +6203,7 @@ def test_hostile_requests_take_no_time_that_grows_with_their_square(start, targe
     Path("models-filter.txt").write_text("m\n")
     proxy = start("--target-api", "openai", "--alias", "other=m")
     answer = proxy.post("/v1/audio/transcriptions", b"name=model\r\n" * 30000, {"Content-Type": "multipart/form-data; boundary=x"})
-    assert answer.status == 404         # no model was named
+    assert answer.status in (400, 404)  # no model was named
     assert b"max depth" in proxy.post("/api/show", b'{"a":' + b"[" * 5_000_000).data
 
 
