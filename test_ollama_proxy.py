@@ -565,6 +565,9 @@ STREAMS = [
     ("F121b an empty object before the arguments", "chat",
      tight(call_delta(part("f", "{}", index=0, id="a")), call_delta(part(None, '{"x"', index=0)),
            call_delta(part(None, ":1}", index=0)), TOOLS_END), lines(calls=[("f", {"x": 1})])),
+    ("F121c numbers beyond JSON in arguments", "chat",
+     whole(None, "tool_calls", [part("f", '{"x":NaN,"y":1e999,"z":-Infinity,"n":1.5}', id="a")]),
+     lines(calls=[("f", {"x": None, "y": None, "z": None, "n": 1.5})])),
     ("F122 a call without arguments, whole", "chat",
      whole(None, "tool_calls", [part("f", id="a", type="function")]), lines(calls=[("f", {})])),
     ("F123 an error inside the choice", "chat",
@@ -789,6 +792,22 @@ def token_stream(chance, dialect, count=60, odd=1.0):
 def some_pieces(chance, data):
     cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 0, 1, 3, 9, len(data) // 150])))
     return [data[one:two] for one, two in zip([0] + cuts, cuts + [len(data)]) if one < two]
+
+
+@cases("texts", [["one", " two", " three", "four \ud83d", "\ude00", " five", " six", "\ud83d", "seven", "\ude00 eight"],
+                ["\ud83d\ude00", " a", " b", " c\ud83d", "", "\ude00", " d"], ["a", "b", "c\ud83d", "d\ud83d"]])
+def test_halves_of_pairs_are_joined_at_every_cut_with_the_shortcut_and_without(texts):
+    data = sse(*map(delta, texts), STOP)
+    wanted = "".join(texts).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    for pieces in splits(data):
+        outs = []
+        for shortcut in (True, False):
+            call = chat_call()
+            decoder = OpenAIDecoder(call)
+            encoder = OllamaEncoder(call, StillClock, 1, 2)
+            outs.append(through(Translation(decoder, encoder, steps_of(call, decoder), shortcut=shortcut), pieces))
+        assert outs[0] == outs[1]
+        assert "".join(json.loads(line)["message"]["content"] for line in outs[0].splitlines()) == wanted
 
 
 @cases("dialect, encoder", [(OPENAI, OllamaEncoder), (OLLAMA, OpenAIEncoder)], ids=["openai", "ollama"])
@@ -1857,7 +1876,7 @@ class RunningProxy:
         self.server = ProxyServer(self.context, self.config.address)
         self.port = self.server.server_port
         self.url = f"http{'s' if self.config.tls_cert else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
     def wait_logged(self, text, count=1):
         """Waits for `count` lines with `text` in them, and returns the first."""
@@ -2506,6 +2525,11 @@ def test_text_that_is_no_utf8_is_served_as_go_reads_it(start, target, path, body
     assert start().post(path, body % text).status == 200
     sent = target.calls("/v1/chat/completions")[-1]
     assert sent.json["messages"][0]["content"] == wanted or wanted is None
+    target.answers.update({"/api/tags": http_answer({"models": [{"name": "m:latest", "model": "m:latest"}]}),
+                           "/api/chat": http_answer(NATIVE_WHOLE)})
+    chat = body.replace(b'"prompt":"%b"', b'"messages":[{"role":"user","content":"%b"}]')
+    assert start("--target-api", "ollama").post("/v1/chat/completions", chat % text).status == 200
+    assert target.calls("/api/chat")[-1].json["messages"][0]["content"] == wanted or wanted is None
     assert not re.search(rb"\\ud[89a-f]", re.sub(rb"\\ud[89ab]..\\ud[c-f]..", b"", sent.data)), "half a pair"
 
 
@@ -3122,7 +3146,9 @@ OTHERWISE = [
      "Groq": "max_tokens must be less than or equal to 8192, the maximum value for max_tokens is less than the "
              "context_window for this model",
      "Cohere": "invalid request: max_tokens must be less than or equal to 8192, the maximum output length for this "
-               "model - received 100000."}),
+               "model - received 100000.",
+     "TGI": (422, {"error": "Input validation error: `max_new_tokens` must be <= 8192. Given: 100000",
+                   "error_type": "validation"})}),
     ("a temperature", {"messages": [HI], "options": {"temperature": 1.9, "num_predict": 9}},
      lambda body: 0.9 <= body.get("temperature", 1) <= 1 and body["max_tokens"] == 9,
      ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
@@ -3137,6 +3163,11 @@ OTHERWISE = [
      "Claude": "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
      "Bedrock": "The model returned the following errors: 'temperature' and 'top_p' cannot both be specified for this "
                 "model. Please use only one."}),
+    ("a temperature beside thinking", {"messages": [HI], "think": "high", "options": {"temperature": 0.5}},
+     lambda body: "temperature" not in body and body["reasoning_effort"] == "high",
+     ({"messages": [HI], "options": {"temperature": 0.5}}, lambda body: body.get("temperature") == 0.5), {
+     "Claude": "`temperature` may only be set to 1 when thinking is enabled. Please consult our documentation at "
+               "https://docs.x/extended-thinking"}),
     ("neighbours", {"messages": [SYSTEM, turn("user", "It is cold.", images=[PICTURE]), turn("user", "What helps?")]},
      lambda body: roles(body) == ["system", "user"], None, {
      "llama.cpp": (500, {"error": {"code": 500, "type": "server_error", "message":
@@ -3153,6 +3184,26 @@ OTHERWISE = [
                 "alternates between user and assistant roles and try again.",
      "Claude": 'messages: roles must alternate between "user" and "assistant", but found multiple "user" roles in a '
                'row', "Gemini": "Please ensure that multiturn requests alternate between user and model."}),
+    ("neighbours, one of which calls", {"messages": [
+        turn("user", "go"), turn("assistant", "I shall look."), *CALLED[1:], HI], "tools": [a_tool("look.up")]},
+     lambda body: roles(body) == ["user", "assistant", "tool", "user"] and len(names_in(body)) == 2, None, {
+     "llama.cpp": (500, {"error": {"message": "Jinja Exception: After the optional system message, conversation roles "
+                   "must alternate user and assistant roles except for tool calls and results."}})}),
+    ("a greeting", {"messages": [SYSTEM, turn("assistant", "Hello!"), HI]},
+     lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
+     "Bedrock": "A conversation must start with a user message. Try again with a conversation that starts with a user "
+                "message.", "Claude": 'messages: first message must use the "user" role',
+     "llama.cpp": (500, {"error": {"message": "Jinja Exception: Conversation roles must alternate user/assistant/user/"
+                   "assistant/..."}})}),
+    ("a question behind results", {"messages": [*CALLED, HI]},
+     lambda body: roles(body) == ["user", "assistant", "tool", "assistant", "user"], None, {
+     "Mistral": (400, {"object": "error", "message": "Unexpected role 'user' after role 'tool'",
+                       "type": "invalid_request_message_order", "param": None, "code": "3230"}),
+     "OpenRouter": (400, {"error": {"message": "Provider returned error", "code": 400, "metadata": {
+                    "raw": '{"object":"error","message":"Unexpected role \'user\' after role \'tool\'","code":"3230"}',
+                    "provider_name": "Mistral"}}}),
+     "LiteLLM": 'litellm.BadRequestError: MistralException - {"object":"error","message":"Unexpected role \'user\' '
+                'after role \'tool\'","type":"invalid_request_message_order","param":null,"code":"3230"}'}),
     ("a late system turn", {"messages": [SYSTEM, HI, turn("assistant", "ok"), turn("system", "Mind the gap."), HI]},
      lambda body: roles(body) == ["system", "user", "assistant", "user"], None, {
      "Qwen": (500, {"error": {"message": "Jinja Exception: System message must be at the beginning."}}),
@@ -3259,6 +3310,17 @@ OTHERWISE = [
     "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
     "vLLM's guidance": 'Grammar error: Unimplemented keys: ["propertyNames"]',
     "Cerebras": "Unsupported JSON schema fields: {'pattern'}"}),
+    ("a type that is a list", {"messages": [HI], "tools": [a_tool("f", properties={
+        "a": {"type": ["string", "null"]}, "b": {"type": "array", "items": {"type": ["integer", "null"]}}})]},
+     lambda body: re.findall(r'"type": "?(.*?)[",]', json.dumps(body["tools"][0]["function"]["parameters"])) == [
+         "object", "string", "array", "integer"], None, {
+     "Gemini": [{"error": {"code": 400, "message": "Invalid JSON payload received. Unknown name \"type\" at 'tools[0]."
+                 "function_declarations[0].parameters.properties[0].value': Proto field is not repeating, cannot start "
+                 "list."}}]}),
+    ("a tool without parameters", {"messages": [HI], "tools": [{"type": "function", "function": {"name": "now"}}]},
+     lambda body: body["tools"][0]["function"].get("parameters", {"properties": 1}).get("properties"), None, {
+     "Gemini": [{"error": {"code": 400, "message": "* GenerateContentRequest.tools[0].function_declarations[0]."
+                 "parameters.properties: should be non-empty for OBJECT type"}}]}),
     ("a schema beside tools", {"messages": [HI], "tools": [a_tool()], "format": FORMAT}, in_words,
      ({"messages": [HI], "format": FORMAT}, lambda body: "response_format" in body), {
      "Gemini": [{"error": {"code": 400, "message": "Function calling with a response mime type: 'application/json' is "
@@ -3318,6 +3380,15 @@ OTHERWISE = [
               "'low', 'medium', and 'high'.",
     "Groq": "'reasoning_effort' : value is not one of the allowed values ['none', 'default', 'low', 'medium', "
             "'high']"}),
+    ("no thinking", {"messages": [HI], "think": False}, lambda body: body.get("reasoning_effort") != "none",
+     ({"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") == "high"), {
+     "OpenAI": (400, {"error": {"param": "reasoning_effort", "code": "unsupported_value", "message": "Unsupported "
+                "value: 'reasoning_effort' does not support 'none' with this model. Supported values are: 'minimal', "
+                "'low', 'medium', and 'high'."}}),
+     "Groq": "`reasoning_effort` must be one of `low`, `medium`, or `high`"}),
+    ("a level of thinking", {"messages": [HI], "think": "high"}, lambda body: body.get("reasoning_effort") != "high",
+     ({"messages": [HI], "think": False}, lambda body: body.get("reasoning_effort") == "none"), {
+     "Groq": "`reasoning_effort` must be one of `none` or `default`"}),
     ("an answer without its reasoning", {"messages": THOUGHT}, lambda body: [
     message.get("reasoning_content", "").strip() for message in body["messages"] if message["role"] == "assistant"]
     == ["because", ""] and body["messages"][3]["reasoning_content"], None, {
@@ -3345,6 +3416,15 @@ OTHERWISE = [
               "25 instead.", "Voyage": "The batch size limit is 10. Your batch size is 25.",
     "a limit of one": "Too many inputs for model None. The max number of inputs is 1.",
     "a gateway": (413, {"error": {"message": "at most 10 inputs are allowed in one request"}})}),
+    ("too much at once", {"input": [f"t{at:02}" for at in range(25)]},
+     lambda body: body["input"] == [f"t{at:02}" for at in range(len(body["input"]))] and len(body["input"]) < 25,
+     ({"input": ["a", "b"]}, lambda body: body["input"] == ["a", "b"]), {
+     "Mistral": "Too many inputs in request, split into more batches.",
+     "Mistral's tokens": "Too many tokens overall, split into more batches.",
+     "Mistral, before": "Too many tokens in batch. Max is 16384 got 17555",
+     "Voyage": "The max allowed tokens per submitted batch is 120000. Your batch has 121138 tokens after truncation. "
+               "Please lower the number of tokens in the batch.",
+     "OpenAI": "Requested 400000 tokens, max 300000 tokens per request"}),
     ("a long text", {"input": ["short", WORDS]}, lambda body: body["input"][0] == "short" and len(body["input"]) == 2
      and WORDS.startswith(body["input"][1]) and 200 < len(body["input"][1].split()) < 512,
      ({"input": [WORDS[:2000]]}, lambda body: body["input"] == [WORDS[:2000]]), {
@@ -3554,6 +3634,40 @@ def test_the_client_is_told_what_the_most_healed_request_was_refused_for(start, 
     assert "reasoning_effort" not in target.calls("/v1/chat/completions")[1].json and not lessons_in(proxy)
 
 
+AGENTS = [      # what coding agents send
+    ("/v1/messages", {"max_tokens": 100000, "system": "Be brief.", "messages": [HI], "thinking": {"type": "adaptive"},
+                      "output_config": {"effort": "high"},
+                      "tools": [{"name": "look.up", "input_schema": {"type": "object"}}]}),
+    ("/v1/responses", {"max_output_tokens": 100000, "instructions": "Be brief.", "input": "hi",
+                       "reasoning": {"effort": "high"},
+                       "tools": [{"type": "function", "name": "look.up", "parameters": {"type": "object"}}]})]
+
+
+@cases("path, body", AGENTS, ids=[row[0] for row in AGENTS])
+def test_requests_of_coding_agents_are_healed_as_all_others(start, target, path, body):
+    target.answers["/v1/chat/completions"] = reluctant(
+        "System role not supported", "Invalid 'tools[0].function.name': string does not match pattern.",
+        "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]")
+    proxy = start("--target-api", "openai", "--translate", "always")
+    for count in (4, 6):                # names and system texts are learned, a limit is each request's own
+        assert proxy.post(path, {"model": "m", **body}).status == 200
+        sent = target.calls("/v1/chat/completions")[-1].json
+        assert "system" not in roles(sent) and "Be brief." in said(sent) and re.fullmatch(NAME, names_in(sent)[0])
+        assert sent["max_tokens"] == 8192 and len(sent["tools"]) == 1
+        target.answers["/v1/chat/completions"] = reluctant("the valid range of max_tokens is [1, 8192]")
+        assert len(target.calls("/v1/chat/completions")) == count
+    assert len(lessons_in(proxy)) == 2
+
+
+@cases("path, body", AGENTS, ids=[row[0] for row in AGENTS])
+def test_a_coding_agent_is_told_what_its_most_healed_request_was_refused_for(start, target, path, body):
+    target.answers["/v1/chat/completions"] = [
+        http_answer({"error": {"message": "`reasoning_effort` is not supported with this model"}}, 400),
+        http_answer({"error": {"message": "Your credit balance is too low"}}, 402)]
+    answer = start("--target-api", "openai", "--translate", "always").post(path, {"model": "m", **body})
+    assert answer.status == 402 and json.loads(answer.data)["error"]["message"] == "Your credit balance is too low"
+
+
 def test_tools_get_names_that_a_target_takes_and_their_own_ones_back(start, target):
     shown = []
 
@@ -3759,6 +3873,35 @@ def test_x13_context_overflow_is_tried_once_without_a_limit(start, target):
     assert target.calls("/v1/chat/completions")[2].json["max_tokens"] == 5          # no lesson for good
     target.answers["/v1/chat/completions"] = overflow
     assert proxy.post("/api/chat", CHAT).status == 400 and len(target.calls("/v1/chat/completions")) == 4
+
+
+TOO_MUCH = [    # a prompt and a limit that do not fit together
+    "This model's maximum context length is 8192 tokens. However, you requested 100062 tokens (62 in the messages, "
+    "100000 in the completion). Please reduce the length of the messages or completion.",
+    "'max_tokens' or 'max_completion_tokens' is too large: 100000. This model's maximum context length is 64001 tokens "
+    "and your request has 24235 input tokens (100000 > 64001 - 24235). None",
+    "You passed 400 input tokens and requested 100000 output tokens. However, the model's context length is only 2048 "
+    "tokens, resulting in a maximum input length of 3 tokens.",
+    "This endpoint's maximum context length is 131072 tokens. However, you requested about 195000 tokens (95000 of "
+    "text input, 100000 in the output).",
+    "max_tokens: 100000 > context_window: 200000 - input_tokens: 190000 = available_tokens: 10000",
+    "input length and `max_tokens` exceed context limit: 188240 + 100000 > 200000, decrease input length or "
+    "`max_tokens` and try again",
+    "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193. Given: 5000 `inputs` tokens and "
+    "100000 `max_new_tokens`",
+    "request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it"]
+
+
+@cases("text", TOO_MUCH)
+def test_a_limit_that_does_not_fit_beside_the_prompt_is_lowered_or_left_out_once(start, target, text):
+    target.answers["/v1/chat/completions"] = reluctant(text)
+    proxy = start("--target-api", "openai")
+    answered(proxy, {"messages": [HI], "options": {"num_predict": 100000}})
+    sent = target.calls("/v1/chat/completions")[-1].json
+    assert len(target.calls("/v1/chat/completions")) == 2
+    assert "max_completion_tokens" not in sent and sent.get("max_tokens", 1) < 100000
+    answered(proxy, {"messages": [HI], "options": {"num_predict": 50}})
+    assert target.calls("/v1/chat/completions")[-1].json.get("max_tokens") == 50 and not lessons_in(proxy)
 
 
 @cases("error, headers, times", [({"error": {"message": "Loading model", "code": 503}}, (), 1),
@@ -5601,8 +5744,8 @@ def test_a_warning_when_exposed_without_a_key(argv, warned):
 
 def test_the_docstring_lists_every_route_and_every_room():
     text = proxy_module.__doc__
-    for method, path in proxy_module.ROUTES:
-        assert re.search(rf"\b{method}\b[^\n]*(\n +[A-Z]*[^\n]*)*?{re.escape(path)}(\s|$)", text), (method, path)
+    rows = [line.split() for line in text.partition("Endpoints")[2].splitlines()]
+    assert set(proxy_module.ROUTES) <= {(row[0], path) for row in rows for path in row[1:]}
     source = (HERE / "ollama_proxy.py").read_text(encoding="utf-8")
     rooms = re.findall(r"^# Room (\d+)\.  ([A-Z]\w+(?: \w+)?)", source, re.M)
     listed = re.findall(r"^ +(\d+)  ([A-Z]\w+(?: \w+)?)  ", text, re.M)
@@ -6060,7 +6203,7 @@ def test_hostile_requests_take_no_time_that_grows_with_their_square(start, targe
     Path("models-filter.txt").write_text("m\n")
     proxy = start("--target-api", "openai", "--alias", "other=m")
     answer = proxy.post("/v1/audio/transcriptions", b"name=model\r\n" * 30000, {"Content-Type": "multipart/form-data; boundary=x"})
-    assert answer.status == 404         # no model was named
+    assert answer.status in (400, 404)  # no model was named
     assert b"max depth" in proxy.post("/api/show", b'{"a":' + b"[" * 5_000_000).data
 
 
