@@ -5633,6 +5633,691 @@ def test_the_file_imports_the_standard_library_alone():
 
 
 # ----------------------------------------------------------------------------
+# Agents: /v1/messages and /v1/responses
+# ----------------------------------------------------------------------------
+
+MODEL = "qwen3:8b"                      # stands in the lists of both scripted targets
+PNG = "iVBORw0KGgo="
+DATA_URL = f"data:image/png;base64,{PNG}"
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+BY_URL = {"type": "image", "source": {"type": "url", "url": "https://x.test/a.png"}}
+INPUT_IMAGE = {"type": "input_image", "detail": "high", "image_url": DATA_URL}
+PLAIN = {"/v1/messages": {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]},
+         "/v1/responses": {"model": MODEL, "input": "hi"}}
+AGENT_FACES, TARGET_KINDS = list(PLAIN), ["openai", "ollama"]
+CHAT_PATH = {"openai": "/v1/chat/completions", "ollama": "/api/chat"}
+LIST_PATH = {"openai": ("/v1/models", http_answer(LIST)), "ollama": ("/api/tags", http_answer(TAGS))}
+
+
+def spoken(kind, stream, *parts, reason="stop"):
+    """A target's HTTP answer that says `parts`: ("thinking", text), ("text", text) or ("call", id, name, arguments)."""
+    calls = [entry[1:] for entry in parts if entry[0] == "call"]
+    if not stream:
+        thinking, text = ("".join(entry[1] for entry in parts if entry[0] == name) for name in ("thinking", "text"))
+        if kind == "ollama":
+            message = {"role": "assistant", "content": text, "thinking": thinking, "tool_calls": [
+                {"id": ident, "function": {"name": name, "arguments": inner}} for ident, name, inner in calls]}
+            return http_answer({"message": message, "done": True, "done_reason": reason, "prompt_eval_count": 7,
+                                "eval_count": 9})
+        wired = [{"id": ident, "type": "function", **part(name, json.dumps(inner))} for ident, name, inner in calls]
+        return http_answer(whole(text or None, "tool_calls" if wired else reason, wired, usage=usage(7, 9)).replace(
+            b'"role"', b'"reasoning_content": %b, "role"' % json.dumps(thinking).encode(), 1))
+    pieces, at = [], 0
+    for name, *inner in parts:
+        if kind == "openai" and name == "call":
+            pieces.append(call_delta({"index": at, "id": inner[0], **part(inner[1], json.dumps(inner[2]))}))
+            at += 1
+        elif kind == "openai":
+            pieces.append(delta(inner[0]) if name == "text" else delta(reasoning_content=inner[0]))
+        else:
+            told = {"content" if name == "text" else name: inner[0]} if name != "call" else {
+                "tool_calls": [{"id": inner[0], "function": {"name": inner[1], "arguments": inner[2]}}]}
+            pieces.append({"message": {"role": "assistant", "content": "", **told}, "done": False})
+    if kind == "openai":
+        pieces += [delta(finish="tool_calls" if calls else reason), {"choices": [], "usage": usage(7, 9)}]
+        return http_stream(sse(*pieces))
+    pieces.append({"message": {"role": "assistant", "content": ""}, "done": True, "done_reason": reason,
+                   "prompt_eval_count": 7, "eval_count": 9})
+    return http_stream(ndjson(*pieces), "application/x-ndjson")
+
+
+def speaking(kind, *parts, **options):
+    """A script that answers streamed or whole, as it is asked."""
+    def script(talk):
+        talk.released = True
+        talk.send(spoken(kind, talk.request.json["stream"], *parts, **options))
+    return script
+
+
+HEARD = (("thinking", "h"), ("thinking", "m"), ("text", "Hel"), ("text", "lo"), ("call", "c1", "f", {"x": 1}),
+         ("call", "c2", "g", {}))
+
+
+def translating(start, target, kind, *argv):
+    """A proxy that translates both faces for a target of one kind."""
+    path, listed = LIST_PATH[kind]
+    target.answers = {path: listed, CHAT_PATH[kind]: speaking(kind, ("text", "Hello"))}
+    return start("--target-api", kind, "--translate", "always", *argv)
+
+
+@fixture(scope="module")
+def kept():
+    """What `agents` started first: it serves all rows of the tables."""
+    found = {}
+    yield found
+    for proxy, scripted in found.values():
+        proxy.close()
+        scripted.close()
+
+
+@fixture
+def agents(kept, monkeypatch):
+    """kind -> a proxy that translates both faces, and its target."""
+    if not kept:
+        monkeypatch.setattr(proxy_module, "sys", Streams())
+    for kind in TARGET_KINDS if not kept else ():
+        scripted = ScriptedTarget()
+        run = lambda *argv, url=scripted.url: RunningProxy("--target", url, "--no-log", *argv)      # noqa: E731
+        kept[kind] = translating(run, scripted, kind), scripted
+    return kept
+
+
+def last_sent(target, kind):
+    """The latest request for a chat, as the target got it."""
+    return target.calls(CHAT_PATH[kind])[-1].json
+
+
+def without(body, asked):
+    """`body` with what a row asks besides; what the row writes as ... is left out."""
+    return {key: value for key, value in {**body, **asked}.items() if value is not ...}
+
+
+def turn(role, content="", *calls, **beside):
+    """A turn that should reach the target: calls are (id, name, arguments)."""
+    return SimpleNamespace(**{"role": role, "content": content, "calls": calls, "thinking": "", "images": (), "id": "",
+                              "name": "", **beside})
+
+
+def openai_turns(history):
+    """Pictures of results follow as a user's."""
+    out, late = [], []
+    for one in history:
+        pictures = [{"type": "image_url", "image_url": {"url": url if ":" in url else f"data:image/png;base64,{url}"}}
+                    for url in one.images]
+        if one.role == "tool":
+            out.append({"role": "tool", "tool_call_id": one.id, "content": one.content})
+            late += [{"role": "user", "content": pictures}] if pictures else []
+            continue
+        out, late = (out, late) if one.calls else (out + late, [])
+        if pictures:
+            words = [{"type": "text", "text": one.content}] if one.content else []
+            out.append({"role": one.role, "content": words + pictures})
+        elif one.calls:
+            out.append({"role": one.role, "content": one.content or None, "tool_calls": [
+                {"id": ident, "type": "function", **part(name, json.dumps(inner, separators=(",", ":")))}
+                for ident, name, inner in one.calls]})
+        elif one.content or one.role != "assistant":
+            out.append({"role": one.role, "content": one.content})
+    return out + late
+
+
+def ollama_turns(history):
+    """What is empty is left out."""
+    out = []
+    for one in history:
+        out.append({"role": one.role, "content": one.content})
+        out[-1].update((key, value) for key, value in (
+            ("thinking", one.thinking), ("images", list(one.images)), ("tool_calls", [
+                {"id": ident, "function": {"index": at, "name": name, "arguments": inner}}
+                for at, (ident, name, inner) in enumerate(one.calls)]),
+            ("tool_call_id", one.id), ("tool_name", one.name)) if value)
+    return out
+
+
+def turns(kind, *history):
+    """Turns as a target of this kind gets them."""
+    return (openai_turns if kind == "openai" else ollama_turns)(history)
+
+
+def wired(kind, history, tools=(), tool_choice=None, parallel=None, think=None, format=None, **options):
+    """The whole body that should reach the target."""
+    body = {"model": MODEL, "stream": False, "messages": turns(kind, *history)}
+    if kind == "ollama":
+        renamed = {"num_predict" if name == "max_tokens" else name: value for name, value in options.items()}
+        offered = [{"type": "function", "function": {"description": "", **tool}} for tool in tools
+                   if tool_choice != "none"]
+        for tool in offered:
+            tool["function"].pop("strict", None)
+        beside = {"options": renamed, "tools": offered, "format": format}
+        return {**body, **{key: value for key, value in beside.items() if value},
+                **({} if think is None else {"think": think})}
+    body.update(options)
+    if tools:
+        body["tools"] = [{"type": "function", "function": tool} for tool in tools]
+        body.update(((key, value) for key, value in (("tool_choice", tool_choice), ("parallel_tool_calls", parallel))
+                     if value is not None))
+    if isinstance(think, bool):
+        body["chat_template_kwargs"] = {"enable_thinking": think}
+    body.update({} if think is None or think is True else {"reasoning_effort": think or "none"})
+    if format:
+        body["response_format"] = {"type": "json_object"} if format == "json" else {
+            "type": "json_schema", "json_schema": {"name": "response", "schema": format}}
+    return body
+
+
+def blocks(*content, role="user"):
+    """A message of blocks; a text stands for itself."""
+    return {"role": role, "content": [{"type": "text", "text": block} if isinstance(block, str) else block
+                                      for block in content]}
+
+
+def use(ident="toolu_1", name="f", **arguments):
+    return {"type": "tool_use", "id": ident, "name": name, "input": arguments}
+
+
+def used(content=..., ident="toolu_1", **fields):
+    return {"type": "tool_result", "tool_use_id": ident, **({} if content is ... else {"content": content}), **fields}
+
+
+def asked(*messages):
+    """The messages of a request after the user's first."""
+    return {"messages": [{"role": "user", "content": "hi"}, *messages]}
+
+
+def after_call(*content):
+    """The same with a call, and these blocks behind it."""
+    return asked(blocks(use(x=1), role="assistant"), blocks(*content))
+
+
+HI = turn("user", "hi")
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+NO_SCHEMA = {"type": "object", "properties": {}}
+F, G = {"name": "f", "description": "does f", "parameters": SCHEMA}, {"name": "g", "parameters": NO_SCHEMA}
+CLAUDE_TOOLS = {"tools": [{"name": "f", "description": "does f", "input_schema": {
+    "$schema": "http://json-schema.org/draft-07/schema#", **SCHEMA}}, {"type": "custom", "name": "g"}]}
+CALLED = turn("assistant", "", ("toolu_1", "f", {"x": 1}))
+
+
+def result_turn(content, **fields):
+    return turn("tool", content, id="toolu_1", name="f", **fields)
+
+
+# (name, what is asked besides, turns at the target, what stands beside them; `only` is the one kind that it is about)
+MESSAGES_ASKED = [
+    ("a text", {}, [HI], {}),
+    ("what an Ollama ignores, and keys that nobody knows", {
+        "metadata": {"user_id": "x"}, "context_management": {
+            "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "service_tier": "auto", "container": None, "mcp_servers": [], "betas": ["x"], "output_config": {}}, [HI], {}),
+    ("a system text", {"system": "be brief"}, [turn("system", "be brief"), HI], {}),
+    ("system blocks, joined without anything between them", {"system": [
+        {"type": "text", "text": "be ", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief"}]},
+     [turn("system", "be brief"), HI], {}),
+    ("the billing block is dropped, the rest stays", {"system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=ab12;"},
+        {"type": "text", "text": "be brief"}]},
+     [turn("system", "be brief"), HI], {}),
+    ("nothing but a billing block", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cch=ab12;"}]},
+     [HI], {}),
+    ("system turns anywhere join the leading one", {"system": "one", "messages": [
+        {"role": "user", "content": "hi"}, {"role": "system", "content": "two"}, blocks("Hello", role="assistant"),
+        blocks("three", role="system"), {"role": "user", "content": "go"}]},
+     [turn("system", "one\n\ntwo\n\nthree"), HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a system turn without a leading system", asked({"role": "system", "content": "two"}), [turn("system", "two"), HI],
+     {}),
+    ("text blocks, joined without anything between them", {"messages": [blocks("a", "b")]}, [turn("user", "ab")], {}),
+    ("pictures among texts", {"messages": [blocks("look: ", PICTURE, "and ", PICTURE, "here")]},
+     [turn("user", "look: and here", images=(PNG, PNG))], {}),
+    ("a picture alone", {"messages": [blocks(PICTURE)]}, [turn("user", images=(PNG,))], {}),
+    ("a picture of a kind that its bytes do not tell", {"messages": [blocks({"type": "image", "source": {
+        "type": "base64", "media_type": "image/webp", "data": "AAAAAAAA"}})]},
+     [turn("user", images=("data:image/webp;base64,AAAAAAAA",))], {"only": "openai"}),
+    ("a picture by its URL", {"messages": [blocks(BY_URL)]},
+     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+    ("thinking that comes back without a signature", asked(blocks(
+        {"type": "thinking", "thinking": "hm", "signature": ""}, "Hello", role="assistant"), blocks("go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("thinking that cannot be read", asked(blocks({"type": "redacted_thinking", "data": "AAAA"}, "Hello",
+                                                  role="assistant"), blocks("go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a call and its result", asked(blocks("I call.", use(x=1), role="assistant"), blocks(used("done"))),
+     [HI, turn("assistant", "I call.", ("toolu_1", "f", {"x": 1})), result_turn("done")], {}),
+    ("thinking beside a call", asked(blocks({"type": "thinking", "thinking": "hm", "signature": "s"}, use(x=1),
+                                            role="assistant"),
+                                     blocks(used("done"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), thinking="hm"), result_turn("done")], {}),
+    ("a result in blocks", after_call(used([{"type": "text", "text": "do"}, {"type": "text", "text": "ne"}])),
+     [HI, CALLED, result_turn("done")], {}),
+    ("a result with a picture", after_call(used([{"type": "text", "text": "see"}, PICTURE])),
+     [HI, CALLED, result_turn("see", images=(PNG,))], {}),
+    ("a result that is a picture", after_call(used([PICTURE], cache_control={"type": "ephemeral"})),
+     [HI, CALLED, result_turn("", images=(PNG,))], {}),
+    ("a result without content", after_call(used()), [HI, CALLED, result_turn("")], {}),
+    ("a result of no blocks", after_call(used([])), [HI, CALLED, result_turn("")], {}),
+    ("a result that is an error", after_call(used("no such file", is_error=True)),
+     [HI, CALLED, result_turn("Error: no such file")], {}),
+    ("a result that is none", after_call(used("done", is_error=False)), [HI, CALLED, result_turn("done")], {}),
+    ("results of parallel calls in one message, in another order", asked(
+        blocks(use(x=1), use("toolu_2", "g"), role="assistant"), blocks(used("two", "toolu_2"), used("one"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})),
+      turn("tool", "two", id="toolu_2", name="g"), result_turn("one")], {}),
+    ("results before the text of their turn, wherever they stand", asked(
+        blocks(use(x=1), role="assistant"), blocks("and ", PICTURE, used("done"), "now?")),
+     [HI, CALLED, result_turn("done"), turn("user", "and now?", images=(PNG,))], {}),
+    ("pictures of two results", asked(blocks(use(x=1), use("toolu_2", "g"), role="assistant"),
+                                      blocks(used([PICTURE]),
+                                             used([PICTURE, {"type": "text", "text": "b"}], "toolu_2"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})), result_turn("", images=(PNG,)),
+      turn("tool", "b", id="toolu_2", name="g", images=(PNG,))], {}),
+    ("a call that nobody answered", after_call("never mind"),
+     [HI, CALLED, result_turn(""), turn("user", "never mind")], {}),
+    ("a result whose call was cut off", {"messages": [blocks(used("done"))]},
+     [turn("assistant", "", ("toolu_1", "unknown", {})), turn("tool", "done", id="toolu_1", name="unknown")], {}),
+    ("two turns of calls", asked(blocks(use(x=1), role="assistant"), blocks(used("one")),
+                                 blocks(use("toolu_2", "f", x=2), role="assistant"), blocks(used("two", "toolu_2"))),
+     [HI, CALLED, result_turn("one"), turn("assistant", "", ("toolu_2", "f", {"x": 2})),
+      turn("tool", "two", id="toolu_2", name="f")], {}),
+    ("what a server's own tool left", asked(blocks(
+        {**use("srv_1", "web_search", query="x"), "type": "server_tool_use"},
+        {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": []}, "Found.", role="assistant"),
+        blocks("go")),
+     [HI, turn("assistant", "Found.", ("srv_1", "web_search", {"query": "x"})),
+      turn("tool", "", id="srv_1", name="web_search"), turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop_sequences": ["a", "b"], "max_tokens": 7}, [HI],
+     {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop": ["a", "b"], "max_tokens": 7}),
+    ("no stop sequences", {"stop_sequences": []}, [HI], {}),
+    ("an answer by a schema", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, [HI],
+     {"format": SCHEMA}),
+    ("tools", CLAUDE_TOOLS, [HI], {"tools": [F, G]}),
+    ("tools that run at Anthropic are left out", {"tools": [
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 5},
+        {"type": "code_execution_20250825", "name": "code_execution"},
+        *CLAUDE_TOOLS["tools"]]}, [HI], {"tools": [F, G]}),
+    ("nothing but such tools", {"tools": [{"type": "web_search_20250305", "name": "web_search"}],
+                                "tool_choice": {"type": "auto"}}, [HI], {}),
+    ("no tools, but a choice among them", {"tools": [],
+                                           "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, [HI],
+                                           {}),
+    ("tool choice auto", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto"}}, [HI],
+     {"tools": [F, G], "tool_choice": "auto"}),
+    ("tool choice any", {**CLAUDE_TOOLS, "tool_choice": {"type": "any"}}, [HI],
+     {"tools": [F, G], "tool_choice": "required"}),
+    ("tool choice none", {**CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, [HI],
+     {"tools": [F, G], "tool_choice": "none"}),
+    ("tool choice of one tool", {**CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, [HI],
+     {"tools": [F], "tool_choice": "required"}),
+    ("one call at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [HI],
+     {"tools": [F, G], "tool_choice": "auto", "parallel": False}),
+    ("many calls at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": False}}, [HI],
+     {"tools": [F, G], "tool_choice": "required"}),
+]
+# thinking, effort, what it means
+CLAUDE_THINKING = [
+    (None, None, None), (None, "low", "low"), (None, "medium", "medium"), (None, "high", "high"), (None, "max", "max"),
+    (None, "xhigh", "high"), (None, "unheard of", None), ({"type": "adaptive"}, None, None),
+    ({"type": "adaptive"}, "high", "high"), ({"type": "disabled"}, None, False), ({"type": "disabled"}, "high", False),
+    ({"type": "enabled"}, None, True), ({"type": "enabled", "budget_tokens": 1024}, None, "low"),
+    ({"type": "enabled", "budget_tokens": 10000}, None, "medium"),
+    ({"type": "enabled", "budget_tokens": 31999}, None, "high"),
+    ({"type": "enabled", "budget_tokens": 1 << 70}, None, "high"),
+]
+MESSAGES_ASKED += [
+    (f"thinking {json.dumps(thinking)}, effort {effort}", {"thinking": thinking, "output_config": {"effort": effort}},
+     [HI],
+     {"think": wanted}) for thinking, effort, wanted in CLAUDE_THINKING]
+
+
+def item(kind, **fields):
+    return {"type": kind, **fields}
+
+
+def message(role, *parts, kind="input_text", **fields):
+    """A message item; a text stands for a part of its own."""
+    content = [{"type": kind, "text": one} if isinstance(one, str) else one for one in parts]
+    return {"type": "message", "id": "msg_1", "role": role, "content": content, **fields}
+
+
+def called(ident="call_1", name="f", arguments='{"x": 1}', **fields):
+    return {"type": "function_call", "id": "fc_1", "status": "completed", "call_id": ident, "name": name,
+            "arguments": arguments, **fields}
+
+
+def output(value, ident="call_1", **fields):
+    return {"type": "function_call_output", "id": "fco_1", "call_id": ident, "output": value, **fields}
+
+
+def given(*items):
+    return {"input": [message("user", "hi"), *items]}
+
+
+def reasoned(text="hm", **fields):
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": text}], "content": None,
+            "encrypted_content": None, **fields}
+
+
+CALLED_TOO = turn("assistant", "", ("call_1", "f", {"x": 1}))
+CODEX_TOOLS = {"tools": [{"type": "function", "name": "f", "description": "does f", "strict": False,
+                          "parameters": SCHEMA},
+                         {"type": "function", "name": "g", "parameters": None}]}
+F_TOO = {**F, "strict": False}
+SPAWN = {"type": "namespace", "name": "agents", "description": "other agents", "tools": [
+    {"type": "function", "name": "f", "description": "does f", "strict": False, "parameters": SCHEMA}]}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Patches files.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin end"}}
+ONE_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def output_turn(content, **fields):
+    return turn("tool", content, **{"id": "call_1", "name": "f", **fields})
+
+
+RESPONSES_ASKED = [
+    ("a text", {}, [HI], {}),
+    ("what an Ollama ignores, and keys that nobody knows", {
+        "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "client_metadata": {"a": "b"}, "metadata": {},
+        "truncation": "auto", "service_tier": "auto", "user": "u", "previous_response_id": None,
+        "text": {"verbosity": "low"}, "instructions": None},
+     [HI], {}),
+    ("instructions", {"instructions": "be brief"}, [turn("system", "be brief"), HI], {}),
+    ("the instructions of a developer", {"input": [message("developer", "be ", "brief"), message("system", "now"),
+                                                   message("user", "hi")]},
+     [turn("system", "be \nbrief"), turn("system", "now"), HI], {}),
+    ("a message without type", {"input": [{"role": "user", "content": "hi"}]}, [HI], {}),
+    ("an answer that comes back", given(message("assistant",
+                                                {"type": "output_text", "text": "Hello", "annotations": []},
+                                                status="completed"), message("user", "go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("an answer that comes back as a string", given({"role": "assistant", "content": "Hello"}, message("user", "go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a refusal that comes back", given(message("assistant", {"type": "refusal", "refusal": "No."}),
+                                        message("user", "go")),
+     [HI, turn("assistant", "No."), turn("user", "go")], {}),
+    ("pictures", {"input": [message("user", "look", INPUT_IMAGE, INPUT_IMAGE)]},
+     [turn("user", "look", images=(PNG, PNG))], {}),
+    ("a picture by its URL", {"input": [message("user", {"type": "input_image", "image_url": "https://x.test/a.png"})]},
+     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+    ("a call and its result", given(called(), output("done")), [HI, CALLED_TOO, output_turn("done")], {}),
+    ("a call joins the answer before it", given(message("assistant", "I call.", kind="output_text"), called(),
+                                                output("done")),
+     [HI, turn("assistant", "I call.", ("call_1", "f", {"x": 1})), output_turn("done")], {}),
+    ("a call without arguments", given(called(arguments=""), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {})), output_turn("done")], {}),
+    ("a result in parts", given(called(), output([{"type": "input_text", "text": "do"},
+                                                  {"type": "output_text", "text": "ne"}])),
+     [HI, CALLED_TOO, output_turn("do\nne")], {}),
+    ("a result with a picture", given(called(), output([{"type": "input_text", "text": "see"}, INPUT_IMAGE])),
+     [HI, CALLED_TOO, output_turn("see", images=(PNG,))], {}),
+    ("a result that is a picture", given(called(), output([INPUT_IMAGE])),
+     [HI, CALLED_TOO, output_turn("", images=(PNG,))], {}),
+    ("parallel calls, their results in another order",
+     given(called(), called("call_2", "g", "{}"), output("two", "call_2"), output("one")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), ("call_2", "g", {})),
+      output_turn("two", id="call_2", name="g"), output_turn("one")], {}),
+    ("a call that nobody answered", given(called(), message("user", "never mind")),
+     [HI, CALLED_TOO, output_turn(""), turn("user", "never mind")], {}),
+    ("a result whose call was cut off", {"input": [output("done")]},
+     [turn("assistant", "", ("call_1", "unknown", {})), output_turn("done", name="unknown")], {}),
+    ("a call into a namespace", given(called(namespace="agents"), output("done")),
+     [HI, turn("assistant", "", ("call_1", "agents__f", {"x": 1})), output_turn("done", name="agents__f")], {}),
+    ("a custom call", given(item("custom_tool_call", id="ctc_1", call_id="call_1", name="apply_patch",
+                                 input="*** Begin\n\"x\""),
+                            item("custom_tool_call_output", call_id="call_1", output="done")),
+     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "*** Begin\n\"x\""})),
+      output_turn("done", name="apply_patch")], {}),
+    ("a custom call's result in parts", given(item("custom_tool_call", call_id="call_1", name="apply_patch", input="x"),
+                                              item("custom_tool_call_output", call_id="call_1", output=[INPUT_IMAGE])),
+     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "x"})),
+      output_turn("", name="apply_patch", images=(PNG,))], {}),
+    ("a summary before an answer", given(reasoned(), message("assistant", "Hello", kind="output_text"),
+                                         message("user", "go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("a summary before a call", given(reasoned(), called(), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+    ("reasoning in full", given(reasoned(summary=[],
+                                         content=[{"type": "reasoning_text", "text": "h"},
+                                                  {"type": "reasoning_text", "text": "m"}]), called(), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+    ("reasoning in encrypted_content, where we put it",
+     given(reasoned("short", encrypted_content="hm"), message("assistant", "Hello", kind="output_text"),
+           message("user", "go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("what a hosted tool left", given(item("web_search_call", id="ws_1", status="completed",
+                                           action={"type": "search", "query": "x"}),
+                                      message("assistant", "Found.", kind="output_text"), message("user", "go")),
+     [HI, turn("assistant", "Found."), turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "max_output_tokens": 7}, [HI],
+     {"temperature": 0, "top_p": 0.5, "max_tokens": 7}),
+    ("no more than one token", {"max_output_tokens": 1}, [HI], {"max_tokens": 1}),
+    ("an answer by a schema", {"text": {"verbosity": "low",
+                                        "format": {"type": "json_schema", "strict": True, "name": "title",
+                                                   "schema": SCHEMA}}}, [HI], {"format": SCHEMA}),
+    ("an answer in JSON", {"text": {"format": {"type": "json_object"}}}, [HI], {"format": "json"}),
+    ("an answer in text", {"text": {"format": {"type": "text"}}}, [HI], {}),
+    ("tools", CODEX_TOOLS, [HI], {"tools": [F_TOO, G]}),
+    ("a namespace of tools", {"tools": [SPAWN]}, [HI], {"tools": [{**F_TOO, "name": "agents__f"}]}),
+    ("a tool of one text", {"tools": [PATCH]}, [HI], {"tools": [{
+        "name": "apply_patch", "description": "Patches files.\n\nThe input must follow this grammar:\nstart: begin end",
+        "parameters": ONE_TEXT}]}),
+    ("a tool of one text, any text", {"tools": [{"type": "custom", "name": "say", "format": {"type": "text"}}]}, [HI],
+     {"tools": [{"name": "say", "parameters": ONE_TEXT}]}),
+    ("hosted tools are left out", {"tools": [
+        {"type": "web_search", "external_web_access": True}, {"type": "local_shell"}, {"type": "image_generation"},
+        {"type": "code_interpreter"},
+        {"type": "tool_search", "execution": "client", "description": "d", "parameters": {}}, *CODEX_TOOLS["tools"]]},
+        [HI], {"tools": [F_TOO, G]}),
+    ("nothing but such tools", {"tools": [{"type": "web_search"}], "tool_choice": "auto", "parallel_tool_calls": True},
+     [HI], {}),
+    ("no tools, but a choice among them", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, [HI], {}),
+    ("many calls at a time", {**CODEX_TOOLS, "parallel_tool_calls": True}, [HI],
+     {"tools": [F_TOO, G], "parallel": True}),
+    ("one call at a time", {**CODEX_TOOLS, "parallel_tool_calls": False}, [HI],
+     {"tools": [F_TOO, G], "parallel": False}),
+]
+# tool_choice, tools that are offered, what is left of the choice
+CODEX_CHOICES = [
+    ("auto", [F_TOO, G], "auto"), ("required", [F_TOO, G], "required"), ("none", [F_TOO, G], "none"),
+    ({"type": "function", "name": "f"}, [F_TOO], "required"),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}, [G], "auto"),
+    ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, [F_TOO], "required"),
+]
+CODEX_REASONING = [
+    (None, None), ({"summary": "auto"}, None), ({"effort": None}, None), ({"effort": "none"}, False),
+    ({"effort": "minimal"}, "low"), ({"effort": "low"}, "low"), ({"effort": "medium", "summary": "auto"}, "medium"),
+    ({"effort": "high"}, "high"), ({"effort": "xhigh"}, "max"),
+]
+RESPONSES_ASKED += [
+    (f"tool choice {json.dumps(choice)}", {**CODEX_TOOLS, "tool_choice": choice}, [HI],
+     {"tools": offered, "tool_choice": left})
+    for choice, offered, left in CODEX_CHOICES]
+RESPONSES_ASKED += [(f"reasoning {json.dumps(reasoning)}", {"reasoning": reasoning}, [HI], {"think": wanted})
+                    for reasoning, wanted in CODEX_REASONING]
+
+
+def check_asked(agents, path, body, history, only=None, **beside):
+    for kind, (proxy, target) in agents.items():
+        if kind == (only or kind):
+            before = len(target.calls(CHAT_PATH[kind]))
+            answer = proxy.post(path, without(PLAIN[path], body))
+            assert answer.status == 200, answer.data
+            sent = target.calls(CHAT_PATH[kind])[before:]
+            assert [request.json for request in sent] == [wired(kind, history, **beside)], kind
+
+
+@cases("name, body, history, beside", MESSAGES_ASKED, ids=[row[0] for row in MESSAGES_ASKED])
+def test_what_is_asked_of_messages_reaches_the_target(agents, name, body, history, beside):
+    check_asked(agents, "/v1/messages", body, history, **{"max_tokens": 50, **beside})
+
+
+@cases("name, body, history, beside", RESPONSES_ASKED, ids=[row[0] for row in RESPONSES_ASKED])
+def test_what_is_asked_of_responses_reaches_the_target(agents, name, body, history, beside):
+    check_asked(agents, "/v1/responses", body, history, **beside)
+
+
+def cannot(kind, name):
+    """Ollama's parser says so of a value of the wrong type."""
+    return f"cannot unmarshal {kind} into .*{name}"
+
+
+POSITIVE = "^max_tokens is required and must be positive$"
+NO_URLS = "^image URLs are not currently supported, please use base64 encoded data instead$"
+
+# (what is asked besides, what the refusal says, the only kind of target that it is about)
+MESSAGES_REFUSED = [
+    ({"model": ...}, "^model is required$"), ({"model": ""}, "^model is required$"),
+    ({"model": 5}, cannot("number", "model")),
+    ({"max_tokens": ...}, POSITIVE), ({"max_tokens": 0}, POSITIVE),
+    ({"max_tokens": -1}, POSITIVE), ({"max_tokens": None}, POSITIVE),
+    ({"max_tokens": "5"}, cannot("string", "max_tokens")), ({"max_tokens": 1.5}, cannot("number", "max_tokens")),
+    ({"max_tokens": True}, cannot("bool", "max_tokens")),
+    ({"messages": ...}, "^messages is required$"), ({"messages": []}, "^messages is required$"),
+    ({"messages": "hi"}, cannot("string", "messages")),
+    ({"messages": {}}, cannot("object", "messages")), ({"messages": ["hi"]}, cannot("string", "messages")),
+    ({"messages": [{"role": 5, "content": "hi"}]}, cannot("number", "role")),
+    ({"messages": [{"role": "user", "content": 5}]}, "content"),
+    ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "content"),
+    ({"messages": [{"role": "user", "content": True}]}, "content"),
+    ({"messages": [{"role": "system", "content": 5}]}, cannot("number", "")),
+    ({"messages": [{"role": "user", "content": [5]}]}, cannot("number", "content")),
+    ({"messages": [blocks({"type": "text", "text": 5})]}, cannot("number", "text")),
+    ({"messages": [blocks({"type": "nonsense"})]}, "nonsense"),
+    ({"messages": [blocks({"text": "no type"})]}, "."), ({"messages": [blocks({"type": 5})]}, cannot("number", "type")),
+    ({"messages": [blocks({"type": "document", "source": {"type": "text", "data": "x"}})]}, "document"),
+    ({"messages": [blocks({"type": "search_result", "content": []})]}, "search_result"),
+    ({"messages": [blocks({"type": "image", "source": PNG})]}, cannot("string", "source")),
+    ({"messages": [blocks({"type": "image"})]}, "image"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "base64", "media_type": "image/png"}})]}, "image"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "base64", "data": "?"}})]}, "illegal base64"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "file", "file_id": "file_1"}})]}, "image"),
+    ({"messages": [blocks(BY_URL)]},
+     NO_URLS, "ollama"),
+    (asked(blocks({**use(), "input": "x"}, role="assistant")), cannot("string", "input")),
+    (asked(blocks({**use(), "id": 5}, role="assistant")), cannot("number", "id")),
+    (asked(blocks({"type": "thinking", "thinking": 5}, role="assistant")), cannot("number", "thinking")),
+    (after_call(used(5)), "content"), (after_call(used({"a": 1})), "content"),
+    (after_call(used([{"type": "nonsense"}])), "nonsense"),
+    (after_call(used("x", is_error="yes")), cannot("string", "is_error")),
+    (after_call(used([BY_URL])),
+     NO_URLS, "ollama"),
+    ({"system": 5}, cannot("number", "system")),
+    ({"system": {"type": "text", "text": "x"}}, cannot("object", "system")),
+    ({"system": [5]}, cannot("number", "system")),
+    ({"system": [{"type": "text", "text": 5}]}, cannot("number", "text")),
+    ({"system": [PICTURE]}, "image"), (asked(blocks(PICTURE, role="system")), "image"),
+    ({"tools": {}}, cannot("object", "tools")), ({"tools": ["f"]}, cannot("string", "tools")),
+    ({"tools": [{"input_schema": SCHEMA}]}, "name"),
+    ({"tools": [{"name": 5}]}, cannot("number", "name")), ({"tool_choice": "auto"}, cannot("string", "tool_choice")),
+    ({"tool_choice": {"type": 5}, **CLAUDE_TOOLS}, "type"),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": "yes"}, **CLAUDE_TOOLS},
+     "disable_parallel_tool_use"),
+    ({"thinking": True}, cannot("bool", "thinking")), ({"thinking": {"type": 5}}, "type"),
+    ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, "budget_tokens"),
+    ({"output_config": {"effort": 5}}, "effort"),
+    ({"output_config": "high"}, cannot("string", "output_config")),
+    ({"output_config": {"format": "json"}}, "format"), ({"temperature": "hot"}, cannot("string", "temperature")),
+    ({"top_k": 1.5}, cannot("number", "top_k")), ({"stop_sequences": "a"}, cannot("string", "stop_sequences")),
+    ({"stop_sequences": [5]}, "stop"), ({"stream": "yes"}, cannot("string", "stream")),
+]
+RESPONSES_REFUSED = [
+    ({"model": ...}, "^model is required$"), ({"model": ""}, "^model is required$"),
+    ({"model": 5}, cannot("number", "model")),
+    ({"input": ...}, "input is required"), ({"input": ""}, "input is required"), ({"input": []}, "input is required"),
+    ({"input": None}, "input is required"),
+    ({"input": 5}, "input"), ({"input": {}}, "input"), ({"input": ["hi"]}, cannot("string", "input")),
+    ({"input": [{}]}, r'^input\[0\]: unknown input item type: ""$'),
+    (given(item("nonsense")), r'^input\[1\]: unknown input item type: "nonsense"$'),
+    (given(item("item_reference", id="msg_1")), r'^input\[1\]: unknown input item type: "item_reference"$'),
+    ({"input": [{"type": 5}]}, cannot("number", "type")),
+    ({"input": [{"role": 5, "content": "hi"}]}, cannot("number", "role")),
+    ({"input": [{"role": "user", "content": 5}]}, "content"),
+    ({"input": [message("user", {"type": "nonsense"})]}, "nonsense"),
+    ({"input": [message("user", {"type": "input_file", "file_id": "file_1"})]}, "input_file"),
+    ({"input": [message("user", {"type": "input_image", "file_id": "file_1"})]}, "image"),
+    ({"input": [message("user", {**INPUT_IMAGE, "image_url": 5})]}, "image"),
+    ({"input": [message("user", {**INPUT_IMAGE, "image_url": "?"})]}, "image"),
+    ({"input": [message("user", {"type": "input_image", "image_url": "https://x.test/a.png"})]},
+     NO_URLS, "ollama"),
+    (given(called(arguments=5)), cannot("number", "arguments")), (given(called(ident=5)), cannot("number", "call_id")),
+    (given(called(), output([{"type": "nonsense"}])), "nonsense"), (given(called(), output(5)), "."),
+    (given(reasoned(summary="x")), cannot("string", "summary")),
+    (given(item("custom_tool_call", call_id="c", name="f", input={})), cannot("object", "input")),
+    ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "."),
+    ({"previous_response_id": 5}, "previous_response_id"),
+    ({"instructions": 5}, cannot("number", "instructions")), ({"tools": {}}, cannot("object", "tools")),
+    ({"tools": ["f"]}, cannot("string", "tools")),
+    ({"tools": [{"type": "function"}]}, "name"), ({"tools": [{"type": "custom"}]}, "name"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": "x"}]}, cannot("string", "tools")),
+    ({"tool_choice": 5, **CODEX_TOOLS}, "tool_choice"), ({"text": "x"}, cannot("string", "text")),
+    ({"text": {"format": "json"}}, "format"), ({"reasoning": "high"}, cannot("string", "reasoning")),
+    ({"reasoning": {"effort": "lots"}}, "lots"), ({"reasoning": {"effort": 5}}, "effort"),
+    ({"max_output_tokens": "5"}, cannot("string", "max_output_tokens")),
+    ({"parallel_tool_calls": "yes"}, cannot("string", "parallel_tool_calls")),
+    ({"temperature": "hot"}, cannot("string", "temperature")),
+    ({"stream": "yes"}, cannot("string", "stream")),
+]
+REFUSED = [(kind, path, row[0], row[1]) for path, table in zip(AGENT_FACES, (MESSAGES_REFUSED, RESPONSES_REFUSED))
+           for row in table
+           for kind in (row[2:] or TARGET_KINDS[:1])]
+
+
+def check_agent_error(path, answer, status, kind, text):
+    """An error answer in the dialect's own shape; OpenAI has fewer types of them than Anthropic, as Ollama has."""
+    value = json.loads(answer.data)
+    if path == "/v1/responses" and status not in (400, 404, 500, 502):
+        kind = value["error"]["type"]
+    assert answer.status == status and answer.headers["Content-Type"] == "application/json", answer.data
+    if path == "/v1/responses":
+        assert set(value) == {"error"} and set(value["error"]) == {"message", "type", "param", "code"}
+    else:
+        assert set(value) == {"type", "error", "request_id"} and value["type"] == "error"
+        assert set(value["error"]) == {"type", "message"}
+        assert re.fullmatch("req_[0-9a-zA-Z]{16,}", value["request_id"])
+    assert value["error"]["type"] == kind and re.search(text, value["error"]["message"]), value
+    temporary = status >= 500 or status == 429
+    assert answer.headers.get("x-should-retry") == (None if temporary else "false")
+
+
+@cases("kind, path, body, text", REFUSED, ids=[f"{path[4:]} {str(body)[:100]}" for _, path, body, _ in REFUSED])
+def test_what_cannot_be_understood_is_refused_in_the_shape_of_the_dialect(agents, capfd, kind, path, body, text):
+    proxy, target = agents[kind]
+    before = len(target.calls(CHAT_PATH[kind]))
+    for stream in (False, True):
+        answer = proxy.post(path, without(PLAIN[path], {"stream": stream, **body}))
+        check_agent_error(path, answer, 400, "invalid_request_error", text)
+    assert len(target.calls(CHAT_PATH[kind])) == before and "Traceback" not in capfd.readouterr().err
+
+
+@cases("path", [*AGENT_FACES, "/v1/messages/count_tokens"])
+@cases("data, text", [(b"", "missing request body"), (b"  ", "missing request body"),
+                      (b'{"model": "m"', "unexpected EOF"), (b"hello", "invalid JSON"),
+                      (b"[]", "cannot unmarshal"), (b'"x"', "cannot unmarshal")])
+def test_what_is_no_json_object_is_refused_in_the_shape_of_the_dialect(agents, path, data, text):
+    answer = agents["openai"][0].post(path, data, {"Content-Type": "application/json"})
+    check_agent_error(path, answer, 400, "invalid_request_error", text)
+
+
+@cases("kind", TARGET_KINDS)
+def test_tokens_are_counted_without_asking_the_target(agents, kind):
+    proxy, target = agents[kind]
+    before, path = len(target.calls(CHAT_PATH[kind])), "/v1/messages/count_tokens"
+
+    def count(**body):
+        answer = proxy.post(path + "?beta=true", without(PLAIN["/v1/messages"], {"max_tokens": ..., **body}))
+        assert answer.status == 200 and list(json.loads(answer.data)) == ["input_tokens"], answer.data
+        return json.loads(answer.data)["input_tokens"]
+
+    assert 1 <= count() < count(system="be brief, " * 20) < count(system="be brief, " * 20, **CLAUDE_TOOLS)
+    assert count(messages=[blocks("x" * 4000)]) >= 1000
+    assert count(messages=[blocks("x", {"type": "thinking", "thinking": "y" * 4000}, role="assistant")]) >= 1000
+    assert count(**asked(blocks(use(x="z" * 4000), role="assistant"), blocks(used("r" * 4000)))) >= 2000
+    for body, text in (({"model": ...}, "model is required"), ({"messages": []}, "messages is required"),
+                       ({"messages": [blocks({"type": "nonsense"})]}, "nonsense")):
+        answer = proxy.post(path, without(PLAIN["/v1/messages"], body))
+        check_agent_error(path, answer, 400, "invalid_request_error", text)
+    assert len(target.calls(CHAT_PATH[kind])) == before and not target.calls(path)
+
+
+# ----------------------------------------------------------------------------
 # The official clients, where they are installed: the strictest judges there are
 # ----------------------------------------------------------------------------
 
