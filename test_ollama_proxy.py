@@ -6317,6 +6317,495 @@ def test_tokens_are_counted_without_asking_the_target(agents, kind):
     assert len(target.calls(CHAT_PATH[kind])) == before and not target.calls(path)
 
 
+# -- what comes back
+
+
+def events_of(data):
+    """(name, data) of all frames; every frame is one `event:` line and one `data:` line."""
+    frames = data.decode().split("\n\n")
+    assert frames.pop() == "", data[-200:]
+    found = []
+    for frame in frames:
+        name, line = frame.split("\n")
+        assert name.startswith("event: ") and line.startswith("data: "), frame
+        found.append((name[7:], json.loads(line[6:])))
+        assert found[-1][1]["type"] == name[7:]
+    return found
+
+
+def speech(thinking="", text="", calls=(), ending="", error=None):
+    """What an answer says, whichever way it is written."""
+    return SimpleNamespace(thinking=thinking.strip(), text=text, calls=[tuple(call) for call in calls], ending=ending,
+                           error=error)
+
+
+def read_blocks(content):
+    """What the blocks of a message say."""
+    for block in content:
+        assert set(block) <= {"type", "text", "thinking", "signature", "id", "name", "input"}, block
+    calls = [block for block in content if block["type"] == "tool_use"]
+    assert all(isinstance(block["input"], dict) and block["id"] and block["name"] for block in calls)
+    assert len({block["id"] for block in calls}) == len(calls)
+    thinking, text = ("".join(block[kind] for block in content if block["type"] == kind)
+                      for kind in ("thinking", "text"))
+    return {"thinking": thinking, "text": text, "calls": [(block["name"], block["input"]) for block in calls]}
+
+
+def check_usage(usage, *names):
+    assert all(isinstance(usage[name], int) and usage[name] >= (name != "output_tokens") for name in names), usage
+
+
+STOP_REASONS = ["end_turn", "max_tokens", "tool_use", "stop_sequence"]
+
+
+def read_message(value, finished=True):
+    """What a whole message says; it has all that the SDK's types demand."""
+    assert (value["type"], value["role"]) == ("message", "assistant") and re.fullmatch("msg_[0-9a-zA-Z]{10,}",
+        value["id"])
+    assert isinstance(value["model"], str)
+    assert value["stop_reason"] in (STOP_REASONS if finished else [None])
+    assert (value["stop_sequence"] is not None) == (value["stop_reason"] == "stop_sequence")
+    check_usage(value["usage"], "input_tokens", "output_tokens")
+    return speech(ending=value["stop_reason"] or "", **read_blocks(value["content"]))
+
+
+def read_message_stream(events):
+    """What the events of /v1/messages say; their order is right, and only a finished stream looks finished."""
+    content, opened, ending, error = [], False, "", None
+    names = [name for name, _ in events]
+    if names == ["error"]:
+        assert events[0][1]["error"]["message"]
+        return speech(error=events[0][1]["error"]["message"])
+    assert names[0] == "message_start" and names.count("message_start") == 1
+    assert read_message(events[0][1]["message"], False) == speech()
+    for name, value in events[1:]:
+        assert not ending and error is None or (name == "message_stop" and value is events[-1][1] and ending), names
+        if name == "content_block_start":
+            assert not opened and value["index"] == len(content)
+            content.append({**value["content_block"]})
+            kind, opened = content[-1]["type"], True
+            assert content[-1].get(kind, "") == "" and (kind != "tool_use" or content[-1]["input"] == {})
+            content[-1]["json"] = ""
+        elif name == "content_block_delta":
+            inner = value["delta"]
+            assert opened and value["index"] == len(content) - 1
+            if inner["type"] == "input_json_delta":
+                assert content[-1]["type"] == "tool_use" and inner["partial_json"]
+                content[-1]["json"] += inner["partial_json"]
+            else:
+                assert inner["type"] == f"{content[-1]['type']}_delta" and inner[content[-1]["type"]]
+                content[-1][content[-1]["type"]] += inner[content[-1]["type"]]
+        elif name == "content_block_stop":
+            assert opened and value["index"] == len(content) - 1
+            opened, text = False, content[-1].pop("json")
+            if content[-1]["type"] == "tool_use":
+                content[-1]["input"] = json.loads(text or "{}")
+            else:
+                assert content[-1][content[-1]["type"]]     # no block without a text in it
+        elif name == "message_delta":
+            assert not opened
+            check_usage(value["usage"], "input_tokens", "output_tokens")
+            ending = value["delta"]["stop_reason"]
+            assert ending in STOP_REASONS
+            assert (value["delta"]["stop_sequence"] is not None) == (ending == "stop_sequence")
+        elif name == "error":
+            error = value["error"]["message"]
+            assert error and value["error"]["type"]
+        else:
+            assert name == "message_stop" and names[-2] == "message_delta"
+    assert (names[-1] == "message_stop") == bool(ending) != (names[-1] == "error")
+    content = [{key: value for key, value in block.items() if key != "json"} for block in content
+               if block["type"] != "tool_use" or "json" not in block]
+    return speech(ending=ending, error=error, **read_blocks(content))
+
+
+def read_items(output):
+    """What the items of a response say."""
+    assert len({one["id"] for one in output}) == len(output)
+    found = {"thinking": "", "text": "", "calls": []}
+    for one in output:
+        if one["type"] == "message":
+            assert one["role"] == "assistant" and one["status"] == "completed" and one["id"].startswith("msg_")
+            for piece in one["content"]:
+                assert piece["type"] == "output_text" and piece["annotations"] == [] and piece["logprobs"] == []
+                found["text"] += piece["text"]
+        elif one["type"] == "reasoning":
+            text = "".join(piece["text"] for piece in one["summary"])
+            assert {piece["type"] for piece in one["summary"]} == {"summary_text"} and one["encrypted_content"] == text
+            found["thinking"] += text
+        else:
+            assert one["type"] == "function_call" and one["status"] == "completed" and one["id"] and one["call_id"]
+            found["calls"].append((one["name"], json.loads(one["arguments"])))
+    calls = [one["call_id"] for one in output if "call_id" in one]
+    assert len(set(calls)) == len(calls)
+    return found
+
+
+def read_response(value, status):
+    """What a response object says; it has all that the SDK's types demand."""
+    assert (value["object"], value["status"]) == ("response", status) and re.fullmatch("resp_[0-9a-zA-Z]{10,}",
+        value["id"])
+    for key in ("created_at", "model", "parallel_tool_calls", "tool_choice", "tools", "metadata", "temperature",
+                "top_p", "instructions"):
+        assert key in value, key
+    assert value["previous_response_id"] is None and (value["error"] is None) == (status != "failed")
+    assert value["incomplete_details"] == ({"reason": "max_output_tokens"} if status == "incomplete" else None)
+    if status in ("completed", "incomplete"):
+        told = value["usage"]
+        check_usage(told, "input_tokens", "output_tokens", "total_tokens")
+        assert told["total_tokens"] == told["input_tokens"] + told["output_tokens"]
+        assert 0 <= told["input_tokens_details"]["cached_tokens"] <= told["input_tokens"]
+        assert 0 <= told["output_tokens_details"]["reasoning_tokens"] <= told["output_tokens"]
+    return speech(ending="" if status in ("in_progress", "failed") else status, **read_items(value["output"]))
+
+
+OPENS = {"response.output_text": "response.content_part",
+         "response.reasoning_summary_text": "response.reasoning_summary_part"}
+
+
+def read_response_stream(events):
+    """What the events of /v1/responses say: each item is done before the next opens, the numbers have no gaps."""
+    names = [name for name, _ in events]
+    assert [value["sequence_number"] for _, value in events] == list(range(len(events)))
+    assert names[:2] == ["response.created", "response.in_progress"]
+    assert all(read_response(value["response"], "in_progress") == speech() for _, value in events[:2])
+    identity, items, parts, text, whole_text = events[0][1]["response"]["id"], [], [], None, None
+    opened = None
+    for name, value in events[2:-1]:
+        stem, _, act = name.rpartition(".")
+        assert name not in ("response.completed", "response.failed", "response.incomplete", "response.created")
+        assert value["output_index"] == len(items)
+        if name == "response.output_item.added":
+            assert opened is None
+            opened, parts, text, whole_text = value["item"], [], None, None
+            assert opened["status"] == "in_progress" if opened["type"] != "reasoning" else opened["summary"] == []
+            assert not (opened.get("content") or opened.get("arguments") or opened.get("input"))
+            continue
+        if name == "response.output_item.done":
+            one = value["item"]
+            assert (one["id"], one["type"]) == (opened["id"], opened["type"]) and whole_text is not None
+            told = one.get("content") or one.get("summary") or [{"text": one.get("arguments", one.get("input"))}]
+            assert [piece["text"] for piece in told] == [whole_text]
+            items.append(one)
+            opened = None
+            continue
+        assert opened is not None and value["item_id"] == opened["id"], name
+        if opened["type"] in ("message", "reasoning"):
+            assert value["content_index" if opened["type"] == "message" else "summary_index"] == 0
+        if stem in OPENS.values():
+            assert value["part"]["text"] == ("" if act == "added" else whole_text)
+            assert parts == ([] if act == "added" else ["added"])
+            parts.append(act)
+        elif act == "delta":
+            assert value["delta"] and parts == (["added"] if stem in OPENS else []) and whole_text is None
+            text = (text or "") + value["delta"]
+        else:
+            assert act == "done" and parts == (["added"] if stem in OPENS else []) and text is not None
+            whole_text = value.get("text", value.get("arguments", value.get("input")))
+            assert whole_text == text
+    name, last = events[-1]
+    status = last["response"]["status"]
+    assert name == f"response.{status}" and last["response"]["id"] == identity
+    if status == "failed":
+        error = last["response"]["error"]
+        assert last["response"]["output"] == items
+        assert set(error) == {"code", "message"} and error["message"]
+        found = read_items(items)
+        if opened is not None and text is not None:         # what had begun when it broke
+            found["thinking" if opened["type"] == "reasoning" else "text"] += text
+        return speech(error=error["message"], **found)
+    assert opened is None and last["response"]["output"] == items and status in ("completed", "incomplete")
+    return read_response(last["response"], status)
+
+
+READERS = {"/v1/messages": read_message_stream, "/v1/responses": read_response_stream}
+ENCODERS = {"/v1/messages": proxy_module.AnthropicEncoder, "/v1/responses": proxy_module.ResponsesEncoder}
+ENDINGS = {"/v1/messages": {"stop": "end_turn", "length": "max_tokens"},
+           "/v1/responses": {"stop": "completed", "length": "incomplete"}}
+
+
+def read_whole(path, data):
+    """What an answer that is no stream says."""
+    value = json.loads(data)
+    return read_message(value) if path == "/v1/messages" else read_response(value, value["status"])
+
+
+def heard(path, data, stream):
+    """What an answer says."""
+    return READERS[path](events_of(data)) if stream else read_whole(path, data)
+
+
+def wanted_of(path, lines):
+    """What the Ollama lines that a sample expects mean on another face."""
+    lines = json.loads(lines)
+    messages = [line.get("message", line) for line in lines]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for message in messages
+             for call in message.get("tool_calls", ())]
+    thinking = "".join(message.get("thinking", "") for message in messages)
+    text = "".join(message.get("content", message.get("response", "")) for message in messages)
+    if "error" in lines[-1]:
+        return speech(thinking, text, calls, error=lines[-1]["error"])
+    ending = ENDINGS[path].get(lines[-1]["done_reason"], ENDINGS[path]["stop"])
+    if path == "/v1/messages" and calls and ending == "end_turn":
+        ending = "tool_use"
+    return speech(thinking, text, calls, ending)
+
+
+def some_splits(data):
+    """Whole, byte by byte, and at random places with a seed."""
+    found = splits(data)
+    return [next(found), next(found), *list(found)[-5:]]
+
+
+@cases("name, how, data, lines", STREAMS, ids=[row[0] for row in STREAMS])
+def test_every_printed_stream_is_told_to_agents(name, how, data, lines):
+    for path in AGENT_FACES:
+        call, wanted = chat_call(how), wanted_of(path, lines)
+        for pieces in some_splits(data):
+            out = translated(pieces, how, encoder=ENCODERS[path](call, StillClock, 1, 2))
+            if out.startswith(b'{"error"'):     # before the first event: a status of its own
+                assert wanted == speech(error=json.loads(out)["error"])
+            else:
+                assert READERS[path](events_of(out)) == wanted
+        decoder = OpenAIDecoder(call)
+        whole_answer = Translation(decoder, ENCODERS[path](call, StillClock, 1, 2), steps_of(call, decoder))
+        if wanted.error is None:
+            assert read_whole(path, whole_answer.whole(data)) == wanted
+        else:
+            with pytest.raises(proxy_module.ProxyError) as caught:
+                whole_answer.whole(data)
+            assert caught.value.message == wanted.error
+
+
+@cases("path", AGENT_FACES)
+def test_replies_that_nobody_would_write_keep_the_order_of_events(path):
+    chance = random.Random(11)
+    for _ in range(300):
+        call, events = chat_call(), random_events(chance)
+        if chance.random() < 0.3:               # as a native Ollama sends them: one by one, with text behind
+            late = [ToolCalls((ToolCall(f"late{at}", "f", {"at": at}),)) for at in range(2)]
+            events[-1:-1] = late + [TextDelta("behind")]
+        cut = chance.random() < 0.2
+        if cut:
+            events[chance.randint(1, len(events) - 1):] = [proxy_module.Failure(BadRequest("broke", 502))]
+        encoder = ENCODERS[path](call, StillClock, 1, 2)
+        found = READERS[path](events_of(b"".join(map(encoder.encode, events))))
+        thinking, text = ("".join(event.text for event in events if isinstance(event, kind))
+                          for kind in (ThinkingDelta, TextDelta))
+        calls = [(call.name, call.arguments) for event in events if isinstance(event, ToolCalls)
+                 for call in event.calls]
+        assert (found.thinking, found.text, found.calls) == (thinking.strip(), text, calls)
+        assert found.error == ("broke" if cut else None) and bool(found.ending) != cut
+        if not cut:
+            assert read_whole(path, ENCODERS[path](call, StillClock, 1, 2).fold(events)) == found
+
+
+BLOCK = "content_block_start", "content_block_delta", "content_block_stop"
+CALL = "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"
+THOUGHT = [f"reasoning_summary_{name}" for name in ("part.added", "text.delta", "text.delta", "text.done", "part.done")]
+TEXT = "content_part.added", "output_text.delta", "output_text.delta", "output_text.done", "content_part.done"
+# What HEARD makes of itself.
+EVENTS = {
+    "/v1/messages": ["message_start", *(BLOCK[0], BLOCK[1], *BLOCK[1:]) * 2, *BLOCK * 2, "message_delta",
+                     "message_stop"],
+    "/v1/responses": ["response." + name for name in (
+        "created", "in_progress", CALL[0], *THOUGHT, CALL[-1], CALL[0], *TEXT, CALL[-1], *CALL * 2, "completed")]}
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_the_order_of_events_is_exact_and_a_whole_answer_says_the_same(agents, path, kind):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    body, identities = {**PLAIN[path], **(CLAUDE_TOOLS if path == "/v1/messages" else CODEX_TOOLS)}, set()
+    for _ in range(2):
+        answer = proxy.post(path, {**body, "stream": True})
+        assert answer.status == 200 and answer.headers["Content-Type"] == "text/event-stream"
+        events = events_of(answer.data)
+        assert [name for name, _ in events] == EVENTS[path]
+        found = READERS[path](events)
+        ending = "tool_use" if path == "/v1/messages" else "completed"
+        assert found == speech("hm", "Hello", [("f", {"x": 1}), ("g", {})], ending)
+        one = proxy.post(path, body)
+        assert one.headers["Content-Type"] == "application/json" and read_whole(path, one.data) == found
+        first = events[0][1].get("message") or events[0][1]["response"]
+        identities |= {first["id"], json.loads(one.data)["id"]}
+        told = json.loads(one.data)["usage"], (events[-2][1]["usage"] if path == "/v1/messages"
+                                               else events[-1][1]["response"]["usage"])
+        assert [(use["input_tokens"], use["output_tokens"]) for use in told] == [(7, 9), (7, 9)]
+        assert first["model"] == json.loads(one.data)["model"] == MODEL
+        if path == "/v1/responses":             # its items have ids of their own, the calls their target's
+            items = [value["item"] for name, value in events if name == "response.output_item.done"]
+            assert not identities & {one["id"] for one in items}
+            identities |= {one["id"] for one in items}
+            assert [one["call_id"] for one in items if "call_id" in one] == ["c1", "c2"]
+    assert len(identities) == (4 if path == "/v1/messages" else 12)
+
+
+@cases("stream", [True, False])
+@cases("kind", TARGET_KINDS)
+@cases("path, ending", [("/v1/messages", "max_tokens"), ("/v1/responses", "incomplete")])
+def test_an_answer_that_was_cut_for_its_length_says_so(agents, kind, path, ending, stream):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+    assert heard(path, data, stream) == speech(text="Hel", ending=ending)
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_an_answer_that_says_nothing_is_still_a_whole_one(agents, kind, path):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", ""))
+    for stream in (True, False):
+        data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+        found = heard(path, data, stream)
+        assert found == speech(ending=ENDINGS[path]["stop"])
+
+
+@cases("path", AGENT_FACES)
+def test_a_count_that_the_target_never_gave_is_an_estimate(path):
+    call, reply = chat_call(), [ToolCalls((ToolCall("c1", "f", {"x": "y" * 100}),)), Finish("stop", Usage())]
+    encoder = ENCODERS[path](call, StillClock, 1, 2)
+    last = events_of(b"".join(map(encoder.encode, reply)))[-2 if path == "/v1/messages" else -1][1]
+    one = json.loads(ENCODERS[path](call, StillClock, 1, 2).fold(reply))
+    for told in (last.get("response", last)["usage"], one["usage"]):
+        assert told["input_tokens"] >= 1 and told["output_tokens"] >= 1, told
+
+
+@cases("kind", TARGET_KINDS)
+def test_calls_go_back_under_the_names_that_codex_knows(agents, kind):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(
+        kind, ("call", "c1", "agents__f", {"x": 1}), ("call", "c2", "apply_patch", {"input": "*** Begin \"x\"\n"}),
+        ("call", "c3", "f", {}))
+    body = {**PLAIN["/v1/responses"], "tools": [SPAWN, PATCH, *CODEX_TOOLS["tools"]]}
+    events = events_of(proxy.post("/v1/responses", {**body, "stream": True}).data)
+    items = [value["item"] for name, value in events if name == "response.output_item.done"]
+    assert [{key: value for key, value in one.items() if key != "id"} for one in items] == [
+        {"type": "function_call", "name": "f", "namespace": "agents", "call_id": "c1", "status": "completed",
+         "arguments": '{"x":1}'},
+        {"type": "custom_tool_call", "name": "apply_patch", "call_id": "c2", "status": "completed",
+         "input": '*** Begin "x"\n'},
+        {"type": "function_call", "name": "f", "call_id": "c3", "status": "completed", "arguments": "{}"}]
+    names = [name for name, value in events if value.get("item_id") == items[1]["id"]]
+    assert names == ["response.custom_tool_call_input.delta", "response.custom_tool_call_input.done"]
+    assert events[-1][1]["response"]["output"] == items
+    one = json.loads(proxy.post("/v1/responses", body).data)["output"]
+    assert [{**item, "id": ""} for item in one] == [{**item, "id": ""} for item in items]
+    # What came out goes in again, as Codex sends it.
+    named = [("c1", "agents__f"), ("c2", "apply_patch"), ("c3", "f")]
+    results = [{"type": one["type"] + "_output", "call_id": one["call_id"], "output": one["call_id"]} for one in items]
+    proxy.post("/v1/responses", {**body, "input": [message("user", "hi"), *items, *results]})
+    sent = last_sent(target, kind)
+    assert sent["messages"] == turns(kind, HI, turn("assistant", "", ("c1", "agents__f", {"x": 1}), (
+        "c2", "apply_patch", {"input": "*** Begin \"x\"\n"}), ("c3", "f", {})), *(
+            output_turn(ident, id=ident, name=name) for ident, name in named))
+
+
+@cases("arguments", [{"patch": "*** Begin"}, {"input": ["*** Begin"]}, {"input": {"patch": "*** Begin"}}])
+def test_what_a_model_writes_for_a_custom_tool_is_not_lost(agents, arguments):
+    proxy, target = agents["openai"]
+    target.answers["/v1/chat/completions"] = speaking("openai", ("call", "c1", "apply_patch", arguments))
+    value = json.loads(proxy.post("/v1/responses", {**PLAIN["/v1/responses"], "tools": [PATCH]}).data)["output"][0]
+    assert value["type"] == "custom_tool_call" and "*** Begin" in value["input"]
+
+
+def broken(kind, error=None):
+    """A stream that thinks and speaks, and then breaks, or brings an error."""
+    head = stream_head("text/event-stream" if kind == "openai" else "application/x-ndjson")
+    begun = [delta(reasoning_content="hm"), delta("Hel")] if kind == "openai" else [
+        {"message": {"role": "assistant", "content": "", "thinking": "hm"}, "done": False},
+        {"message": {"role": "assistant", "content": "Hel"}, "done": False}]
+    frames = begun + [{"error": error}] * (error is not None)
+    data = sse(*frames, done=False) if kind == "openai" else ndjson(*frames)
+    return cut(head, chunk(data) + b"0\r\n\r\n" * (error is not None))
+
+
+@cases("error", [None, "boom"])
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_a_broken_stream_never_looks_finished_to_an_agent(agents, kind, path, error):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = broken(kind, error)
+    found = READERS[path](events_of(proxy.post(path, {**PLAIN[path], "stream": True}).data))
+    assert (found.thinking, found.text, found.ending) == ("hm", "Hel", "") and (error or "upstream") in found.error
+    answer = proxy.post(path, {**PLAIN[path], "stream": False})
+    check_agent_error(path, answer, 502, "api_error", error or "upstream")
+
+
+@cases("name, script", CUTS, ids=[row[0] for row in CUTS])
+@cases("path", AGENT_FACES)
+def test_a_stream_that_is_cut_ends_in_an_error_event(agents, path, name, script):
+    proxy, target = agents["openai"]
+    target.answers["/v1/chat/completions"] = script
+    found = READERS[path](events_of(proxy.post(path, {**PLAIN[path], "stream": True}).data))
+    assert found.text == "Hel" and not found.ending and "upstream" in found.error
+
+
+# (what the target says in its stream, type for /v1/messages, code for /v1/responses)
+FAILURES = [
+    ("boom", "api_error", "server_error"),
+    ({"message": "no", "code": 400}, "invalid_request_error", "invalid_prompt"),
+    ({"message": "no", "code": 422}, "invalid_request_error", "invalid_prompt"),
+    ({"message": "no key", "code": 401}, "authentication_error", "invalid_prompt"),
+    ({"message": "no", "code": 403}, "permission_error", "invalid_prompt"),
+    ({"message": "no such model", "code": 404}, "not_found_error", "invalid_prompt"),
+    ({"message": "too large", "code": 413}, "request_too_large", "invalid_prompt"),
+    ({"message": "pay", "code": 402}, "invalid_request_error", "insufficient_quota"),
+    ({"message": "slow down", "code": 429}, "rate_limit_error", "rate_limit_exceeded"),
+    ({"message": "oops", "code": 500}, "api_error", "server_error"),
+    ({"message": "busy", "code": 503}, "overloaded_error", "server_is_overloaded"),
+    ({"message": "busy", "code": 529}, "overloaded_error", "server_is_overloaded"),
+    ({"message": "bad gateway", "code": 502}, "api_error", "server_error"),
+    ({"message": "This model's maximum context length is 100 tokens", "code": 400}, "invalid_request_error",
+     "context_length_exceeded"),
+    ({"message": "the request exceeds the available context size", "code": 400}, "invalid_request_error",
+     "context_length_exceeded"),
+    ({"message": "Context size has been exceeded.", "code": 500}, "api_error", "context_length_exceeded"),
+    (TOO_LONG, "api_error", "context_length_exceeded"),
+]
+
+
+@cases("error, kind, code", FAILURES, ids=[str(row[0])[:80] for row in FAILURES])
+def test_a_failure_in_mid_stream_has_the_code_that_agents_act_on(error, kind, code):
+    call, data = chat_call(), sse(delta("Hel"), {"error": error}, done=False)
+    name, value = events_of(translated([data], encoder=proxy_module.AnthropicEncoder(call, StillClock, 1, 2)))[-1]
+    assert (name, value["error"]["type"]) == ("error", kind)
+    name, value = events_of(translated([data], encoder=proxy_module.ResponsesEncoder(call, StillClock, 1, 2)))[-1]
+    assert (name, value["response"]["error"]["code"]) == ("response.failed", code)
+
+
+STATUSES = [(400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
+            (404, "not_found_error"), (422, "invalid_request_error"),
+            (429, "rate_limit_error"), (500, "api_error"), (503, "overloaded_error"), (529, "overloaded_error")]
+
+
+@cases("status, kind", STATUSES)
+@cases("target_kind", TARGET_KINDS)
+def test_a_refusal_of_the_target_keeps_its_status_and_says_whether_to_try_again(agents, target_kind, status, kind):
+    proxy, target = agents[target_kind]
+    error = {"message": "it said no"} if target_kind == "openai" else "it said no"
+    target.answers[CHAT_PATH[target_kind]] = http_answer({"error": error}, status, "application/json", "Retry-After: 7")
+    for path, stream in itertools.product(AGENT_FACES, (True, False)):
+        answer = proxy.post(path, {**PLAIN[path], "stream": stream})
+        check_agent_error(path, answer, status, kind, "it said no")
+        assert answer.headers.get("Retry-After") == ("7" if status in (429, 503) else None)
+
+
+@cases("script", [silent_mid_stream, silent])
+@cases("path", AGENT_FACES)
+def test_an_agent_that_leaves_frees_the_target(start, target, path, script):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = script
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", path, {**PLAIN[path], "stream": True}))
+        target.wait_for("/v1/chat/completions")
+        if script is silent_mid_stream:
+            read_until(sock, b"delta")
+    assert target.peer_closed.wait(PATIENCE)
+
+
 # ----------------------------------------------------------------------------
 # The official clients, where they are installed: the strictest judges there are
 # ----------------------------------------------------------------------------
