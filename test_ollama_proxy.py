@@ -6806,6 +6806,409 @@ def test_an_agent_that_leaves_frees_the_target(start, target, path, script):
     assert target.peer_closed.wait(PATIENCE)
 
 
+# -- relay first, translate when needed
+
+
+ROUTED = [*AGENT_FACES, "/v1/messages/count_tokens"]
+
+
+def asking(path):
+    """A plain request for one of these routes."""
+    return PLAIN.get(path, PLAIN["/v1/messages"])
+
+
+def pair(start, target, kind, *argv):
+    """A proxy that asks its target for the routes of agents first."""
+    path, listed = LIST_PATH[kind]
+    target.answers = {path: listed, CHAT_PATH[kind]: speaking(kind, ("text", "Hello"))}
+    return start("--target-api", kind, *argv)
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", ROUTED)
+def test_a_target_that_speaks_the_route_gets_the_bytes(start, target, path, kind):
+    proxy = pair(start, target, kind)
+    odd = b"event: odd\ndata:{\"x\" :1}\r\n\r\n: comment\n\n"
+    target.answers[path] = http_stream(odd)
+    headers = {"Content-Type": "application/json", "anthropic-version": "2023-06-01", "anthropic-beta": "a,b",
+               "x-api-key": "mine"}
+    for name in (MODEL, MODEL.upper(), MODEL + ":latest"):
+        body = b'{ "messages" : [{"content": "the \\"model\\" is 1.0"}],\n "temperature": 0.10, ' \
+            b'"previous_response_id": "r", "model" : "%b" }' % name.encode()
+        answer = proxy.post(path + "?beta=true", body, headers)
+        assert answer.status == 200 and answer.data == odd and answer.headers["Content-Type"] == "text/event-stream"
+        sent = target.calls(path)[-1]
+        assert sent.path == path + "?beta=true" and sent.data == body.replace(name.encode(), MODEL.encode())
+        assert (sent.headers["anthropic-version"], sent.headers["anthropic-beta"]) == ("2023-06-01", "a,b")
+        assert "x-api-key" not in sent.headers
+    assert not target.calls(CHAT_PATH[kind])
+
+
+LACKING = [
+    ("Ollama of last year", http_answer(b"404 page not found", 404, "text/plain")),
+    ("FastAPI", http_answer({"detail": "Not Found"}, 404)),
+    ("FastAPI, another method", http_answer({"detail": "Method Not Allowed"}, 405)),
+    ("not implemented", http_answer({"error": {"message": "Not implemented"}}, 501)),
+    ("no text at all", http_answer(b"", 404)), ("no text at all, 405", http_answer(b"", 405)),
+    ("a page", http_answer(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>nginx</body></html>",
+                           404, "text/html")),
+    ("OpenAI's words", http_answer({"error": {"message": "Invalid URL (POST /v1/messages)",
+                                              "type": "invalid_request_error", "param": None, "code": None}}, 404)),
+    ("Groq's words", http_answer({"error": {
+        "message": "Unknown request URL: POST /openai/v1/messages. Please check the URL for typos, or see the docs at "
+                   "https://console.groq.com/docs/", "type": "invalid_request_error", "code": "unknown_url"}}, 404)),
+    ("Kong", http_answer({"message": "no Route matched with those values"}, 404)),
+    ("LM Studio", http_answer({"error": "Unexpected endpoint or method. (POST /v1/messages)"})),
+]
+
+
+@cases("name, answer", LACKING, ids=[row[0] for row in LACKING])
+def test_a_target_that_lacks_the_route_is_translated_for_and_not_asked_again(start, target, name, answer):
+    for first in (True, False):
+        proxy = pair(start, target, "openai")
+        target.answers.update(dict.fromkeys(AGENT_FACES, answer))
+        for path in AGENT_FACES:
+            before, asked_before = len(target.calls("/v1/chat/completions")), len(target.calls(path))
+            for count, stream in enumerate((first, not first), 1):
+                data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+                assert heard(path, data, stream).text == "Hello"
+                assert len(target.calls("/v1/chat/completions")) == before + count
+                assert len(target.calls(path)) == asked_before + 1
+
+
+@cases("kind", TARGET_KINDS)
+def test_each_route_is_asked_for_by_itself_and_again_after_a_while(start, target, kind, later):
+    proxy = pair(start, target, kind)
+    target.answers["/v1/responses"] = http_answer({"relayed": True})
+    for path in ROUTED * 2:
+        assert proxy.post(path, asking(path)).status == 200
+    assert [len(target.calls(path)) for path in ROUTED] == [1, 2, 1] and len(target.calls(CHAT_PATH[kind])) == 2
+    target.answers["/v1/messages"] = http_answer({"relayed": True})
+    later(24 * 3600)
+    assert json.loads(proxy.post("/v1/messages", PLAIN["/v1/messages"]).data) == {"relayed": True}
+
+
+RELAYED_ERRORS = [
+    (404, {"type": "error", "error": {"type": "not_found_error", "message": "model 'qwen3:8b' not found"}}),
+    (404, {"error": "model \"qwen3:8b\" not found, try pulling it first"}),
+    (404, {"error": {"message": "The model `qwen3:8b` does not exist or you do not have access to it.",
+                     "code": "model_not_found"}}),
+    (404, {"detail": "Model qwen3:8b is not served here"}), (400, {"error": {"message": "max_tokens is too large"}}),
+    (401, {"error": {"message": "no key"}}),
+    (429, {"error": {"message": "slow down"}}), (500, {"error": {"message": "oops"}}),
+    (200, {"id": "msg_1", "content": [{"type": "text", "text": "Unexpected endpoint or method?"}]}),
+]
+
+
+@cases("status, error", RELAYED_ERRORS, ids=[f"{status} {str(error)[:60]}" for status, error in RELAYED_ERRORS])
+def test_other_answers_are_relayed_and_mean_nothing_for_the_route(start, target, status, error):
+    proxy = pair(start, target, "openai")
+    target.answers.update(dict.fromkeys(ROUTED, http_answer(error, status)))
+    for path, count in itertools.product(ROUTED, (1, 2)):
+        answer = proxy.post(path, asking(path))
+        assert answer.status == status and json.loads(answer.data) == error and len(target.calls(path)) == count
+        assert not target.calls("/v1/chat/completions")
+
+
+@cases("path", ROUTED)
+def test_translate_never_and_always(start, target, path):
+    body, missing = asking(path), http_answer({"detail": "Not Found"}, 404)
+    proxy = pair(start, target, "openai", "--translate", "never")
+    target.answers[path] = missing
+    for count in (1, 2):
+        answer = proxy.post(path, body)
+        assert answer.status == 404 and json.loads(answer.data) == {"detail": "Not Found"}
+        assert len(target.calls(path)) == count
+    target.answers[path] = http_answer({"relayed": True})
+    proxy = start("--target-api", "openai", "--translate", "always")
+    assert "relayed" not in json.loads(proxy.post(path, body).data) and len(target.calls(path)) == 2
+
+
+@cases("path", AGENT_FACES)
+def test_a_relayed_stream_that_breaks_is_cut_for_the_agent(start, target, path):
+    proxy = pair(start, target, "openai")
+    target.answers[path] = cut(stream_head(), chunk(b"event: message_start\ndata: {}\n\n"))
+    request = http_request("POST", path, {**PLAIN[path], "stream": True}, "Connection: close")
+    head, _, body = proxy.raw(request).partition(b"\r\n\r\n")
+    assert b" 200 " in head and b"message_start" in body and not body.endswith(b"0\r\n\r\n") and b"[DONE]" not in body
+
+
+@cases("how", ["auto", "always"])
+@cases("path", ROUTED)
+def test_a_packed_request_is_unpacked_or_refused_for_what_it_is(start, target, path, how):
+    proxy, body = pair(start, target, "openai", "--translate", how), asking(path)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert proxy.post(path, gzip.compress(json.dumps(body).encode()), headers).status == 200
+    headers["Content-Encoding"] = "compress"
+    answer, other = proxy.post(path, b"\x1f\x9d\x90", headers), proxy.post("/api/chat", b"\x1f\x9d\x90", headers)
+    check_agent_error(path, answer, other.status, "invalid_request_error",
+                      re.escape(json.loads(other.data)["error"]))
+
+
+# -- names, keys, settings
+
+
+def test_the_small_requests_of_agents(start, target):
+    proxy = pair(start, target, "openai", "--client-key", "inbound-key-1")
+    answer = proxy.call("HEAD", "/")
+    assert answer.status == 200 and answer.data == b""
+    assert proxy.get("/v1/models?limit=1000", {"x-api-key": "inbound-key-1"}) == LIST
+
+
+@cases("path", ROUTED)
+def test_the_inbound_key_of_agents(start, target, path):
+    body = asking(path)
+    proxy = pair(start, target, "openai", "--client-key", "inbound-key-1", "--api-key", "sk-target-key-1")
+    for headers in ({}, {"x-api-key": "wrong"}, {"Authorization": "Bearer wrong"}, {"Authorization": "inbound-key-1"}):
+        answer = proxy.post(path, body, headers)
+        check_agent_error(path, answer, 401, "authentication_error", "key")
+    assert not target.received
+    for headers in ({"x-api-key": "inbound-key-1"}, {"Authorization": "Bearer inbound-key-1"}):
+        assert proxy.post(path, body, headers).status == 200
+    assert not [request for request in target.received if "inbound-key-1" in str(request.headers)]
+    assert {request.headers["authorization"] for request in target.received} == {"Bearer sk-target-key-1"}
+
+
+@cases("path", ROUTED)
+@cases("upgrade", ["websocket", "WebSocket"])
+def test_an_upgrade_to_a_websocket_is_answered_426(agents, path, upgrade):
+    headers = {"Connection": "Upgrade", "Upgrade": upgrade, "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
+    answer = agents["openai"][0].call("GET", path, None, headers)
+    check_agent_error(path, answer, 426, "invalid_request_error", "HTTP")
+
+
+@cases("path", ROUTED)
+def test_other_methods_are_not_allowed_on_the_routes_of_agents(agents, path):
+    answer = agents["openai"][0].call("GET", path)
+    assert answer.status == 405 and "POST" in answer.headers["Allow"]
+    check_agent_error(path, answer, 405, "invalid_request_error", "method")
+
+
+@cases("how", ["auto", "always"])
+@cases("kind", TARGET_KINDS)
+def test_an_alias_with_a_star_serves_all_claudes(start, target, kind, how):
+    proxy = pair(start, target, kind, "--alias", f"claude-*={MODEL}", "--translate", how)
+    for name, path in itertools.product(("claude-opus-4-8", "claude-haiku-4-5-20251001"), AGENT_FACES):
+        answer = proxy.post(path, {**PLAIN[path], "model": name})
+        assert answer.status == 200 and json.loads(answer.data)["model"] == name, answer.data
+        assert last_sent(target, kind)["model"] == MODEL
+        if how == "auto":
+            assert target.calls(path)[-1].json["model"] == MODEL
+    assert not [name for name in names_of(proxy) if "claude" in name or "*" in name]
+
+
+@cases("path", AGENT_FACES)
+def test_a_hidden_model_is_a_missing_one_for_agents(start, target, path, tmp_path):
+    (tmp_path / "filter").write_text("m\n")
+    proxy = pair(start, target, "openai", "--models-filter", str(tmp_path / "filter"))
+    check_agent_error(path, proxy.post(path, PLAIN[path]), 404, "not_found_error", f"model '{MODEL}' not found")
+    assert proxy.post(path, {**PLAIN[path], "model": "m"}).status == 200
+
+
+def test_capabilities_are_corrected_by_set(start, target):
+    sets = "--set", "m:capabilities=vision,-tools", "--set", "qwen*:capabilities=thinking"
+    proxy = pair(start, target, "openai", *sets)
+    wanted = {"m": ["completion", "vision"], MODEL: ["completion", "tools", "thinking"],
+              "vendor/big:free": ["completion", "tools"]}
+    listed = {entry["name"].replace(":latest", ""): entry["capabilities"] for entry in proxy.get("/api/tags")["models"]}
+    for name, capabilities in wanted.items():
+        assert listed[name] == capabilities
+        assert json.loads(proxy.post("/api/show", {"model": name}).data)["capabilities"] == capabilities
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_settings_fill_in_what_agents_do_not_say(start, target, kind, path):
+    proxy = translating(start, target, kind, "--set", f"{MODEL}:temperature=0.5,seed=7,think=low")
+    proxy.post(path, PLAIN[path])
+    beside = {"max_tokens": 50} if path == "/v1/messages" else {}
+    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.5, seed=7, think="low", **beside)
+    quiet = {"thinking": {"type": "disabled"}} if path == "/v1/messages" else {"reasoning": {"effort": "none"}}
+    proxy.post(path, {**PLAIN[path], "temperature": 0.1, **quiet})
+    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.1, seed=7, think=False, **beside)
+
+
+@cases("mode, thinking, text", [("separate", "hm", "Hello"), ("drop", "", "Hello"),
+                                ("merge", "", "<think>\nhm\n</think>\n\nHello")])
+@cases("path", AGENT_FACES)
+def test_reasoning_goes_where_the_flag_says(start, target, path, mode, thinking, text):
+    proxy = translating(start, target, "openai", "--reasoning", mode)
+    target.answers["/v1/chat/completions"] = speaking("openai", ("thinking", "hm"), ("text", "Hello"))
+    for stream in (True, False):
+        data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+        found = heard(path, data, stream)
+        assert (found.thinking, found.text) == (thinking, text)
+
+
+@cases("stops, wanted", [(["STOP"], ("end_turn", None)), (["a", "b", "c", "d", "STOP"], ("stop_sequence", "STOP"))])
+@cases("stream", [True, False])
+def test_a_stop_sequence_is_told_where_it_is_known(start, target, stops, wanted, stream):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = speaking("openai", *[("text", text) for text in (
+        ("Hel", "lo ST", "OP never") if len(stops) > 4 else ("Hel", "lo "))])
+    data = proxy.post("/v1/messages", {**PLAIN["/v1/messages"], "stop_sequences": stops, "stream": stream}).data
+    found = read_message_stream(events_of(data)) if stream else read_message(json.loads(data))
+    told = events_of(data)[-2][1]["delta"] if stream else json.loads(data)
+    assert found.text == "Hello " and (told["stop_reason"], told["stop_sequence"]) == wanted
+
+
+# (what the target says, what it said no to, the field that reaches it then)
+AGENTS_HEALED = [
+    ("a range", "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 400, {"max_tokens": 8192}),
+    ("a maximum", "max_tokens is too large: 32000. This model supports at most 16384 completion tokens", 400,
+     {"max_tokens": 16384}),
+    ("a context", "This model's maximum context length is 16384 tokens. However, you requested 32010 tokens", 400,
+     {"max_tokens": None}),
+    ("another name",
+     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", 400,
+     {"max_tokens": None, "max_completion_tokens": 32000}),
+    ("effort", "unknown field reasoning_effort", 400, {"max_tokens": 32000, "reasoning_effort": None}),
+]
+
+
+@cases("name, error, status, wanted", AGENTS_HEALED, ids=[row[0] for row in AGENTS_HEALED])
+@cases("path", AGENT_FACES)
+def test_what_a_small_server_refuses_is_healed_for_agents(start, target, path, name, error, status, wanted):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = [http_answer({"error": {"message": error}}, status),
+                                              spoken("openai", True, ("text", "Hello"))]
+    many = {"max_tokens": 32000, "output_config": {"effort": "high"}} if path == "/v1/messages" else {
+        "max_output_tokens": 32000, "reasoning": {"effort": "high"}}
+    assert READERS[path](events_of(proxy.post(path, {**PLAIN[path], **many, "stream": True}).data)).text == "Hello"
+    first, second = target.calls("/v1/chat/completions")
+    assert first.json["max_tokens"] == 32000
+    assert {key: second.json.get(key) for key in wanted} == wanted and second.json["messages"] == first.json["messages"]
+
+
+@cases("path", AGENT_FACES)
+def test_a_native_model_that_cannot_think_is_asked_without_it(start, target, path):
+    proxy = translating(start, target, "ollama")
+    target.answers["/api/chat"] = [http_answer({"error": f'"{MODEL}" does not support thinking'}, 400),
+                                   spoken("ollama", False, ("text", "Hello"))]
+    asking = {"thinking": {"type": "enabled", "budget_tokens": 31999}} if path == "/v1/messages" else {
+        "reasoning": {"effort": "high"}}
+    assert read_whole(path, proxy.post(path, {**PLAIN[path], **asking}).data).text == "Hello"
+    assert [request.json.get("think") for request in target.calls("/api/chat")] == ["high", None]
+
+
+@cases("status", [401, 403])
+@cases("how", ["auto", "always"])
+@cases("path", AGENT_FACES)
+def test_a_refused_key_of_ours_is_nothing_to_try_again(start, target, path, how, status):
+    proxy = pair(start, target, "openai", "--translate", how, "--api-key", "sk-target-key-1")
+    target.answers[path] = target.answers["/v1/chat/completions"] = http_answer(
+        {"error": {"message": "Incorrect API key"}}, status)
+    answer = proxy.post(path, PLAIN[path])
+    assert answer.status in (status, 502) and answer.headers.get("x-should-retry") == "false"
+    assert "Incorrect API key" in json.loads(answer.data)["error"]["message"]
+
+
+@cases("path", AGENT_FACES)
+def test_a_relayed_404_is_nothing_to_try_again(start, target, path):
+    proxy = pair(start, target, "openai")
+    target.answers[path] = http_answer({"error": {"message": "model 'x' not found"}}, 404)
+    answer = proxy.post(path, PLAIN[path])
+    assert answer.status == 404 and answer.headers.get("x-should-retry") == "false"
+
+
+def test_a_target_that_is_down_is_worth_another_try(start, target):
+    proxy = translating(start, target, "openai")
+    target.close()
+    for path in AGENT_FACES:
+        check_agent_error(path, proxy.post(path, PLAIN[path]), 502, "api_error", ".")
+
+
+# -- requests of the shapes that were recorded from Claude Code, Codex and Copilot CLI; a word for all that is kept
+
+
+CLAUDE_CODE = {
+    "model": MODEL, "max_tokens": 32000, "stream": True, "thinking": {"type": "adaptive"},
+    "metadata": {"user_id": "lost1"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+    "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=lost2;"},
+               {"type": "text", "text": "kept1", "cache_control": {"type": "ephemeral"}},
+               {"type": "text", "text": "kept2"}],
+    "tools": [{"name": "kept3", "description": "kept4", "input_schema": {
+        "$schema": "lost3", "type": "object", "additionalProperties": False, "required": ["kept5"],
+        "properties": {"kept5": {"type": "string", "description": "kept6"}}}}],
+    "messages": [
+        blocks("kept7", {"type": "text", "text": "kept8", "cache_control": {"type": "ephemeral"}}),
+        {"role": "system", "content": "kept9"},
+        blocks({"type": "thinking", "thinking": "thought1", "signature": ""}, "kept10",
+               use("kept11", "kept3", kept5="kept12", more="\u00e9 \U0001f999"),
+               use("kept13", "kept3", __unparsedToolInput={"raw": "kept14", "len": 3}), role="assistant"),
+        blocks(used("kept15", "kept13", is_error=True),
+               used([{"type": "text", "text": "kept16"}, PICTURE], "kept11", cache_control={"type": "ephemeral"})),
+        {"role": "assistant", "content": "kept17"}, {"role": "user", "content": "kept18"},
+        blocks(use("kept19", "kept3"), role="assistant"),
+        {"role": "user", "content": [{"tool_use_id": "kept19", "type": "tool_result", "content": "kept20",
+                                      "is_error": False}]}]}
+TITLE = {
+    "model": MODEL, "max_tokens": 32000, "stream": True, "tools": [],
+    "thinking": {"budget_tokens": 31999, "type": "enabled"},
+    "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {
+        "type": "object", "properties": {"kept1": {"type": "string"}}}}},
+    "system": [{"type": "text", "text": "kept2"}], "messages": [{"role": "user", "content": "kept3"}]}
+CODEX = {
+    "model": MODEL, "stream": True, "store": False, "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "lost1", "client_metadata": {"a": "lost2"},
+    "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "high", "summary": "auto"},
+    "text": {"verbosity": "low"}, "instructions": "kept1",
+    "tools": [{"type": "function", "name": "kept2", "description": "kept3", "strict": False,
+               "parameters": {"type": "object", "properties": {"kept4": {"type": "string"}}}},
+              {"type": "namespace", "name": "kept5", "description": "lost3", "tools": [
+                  {"type": "function", "name": "kept6", "description": "kept7", "strict": False,
+                   "parameters": {"type": "object", "properties": {}}}]},
+              {"type": "web_search", "external_web_access": True, "search_content_types": ["lost4"]},
+              {"type": "custom", "name": "kept8", "description": "kept9", "format": {
+                  "type": "grammar", "syntax": "lark", "definition": "kept10"}},
+              {"type": "tool_search", "execution": "lost5", "description": "lost6", "parameters": {"type": "object"}}],
+    "input": [message("developer", "kept11", "kept12"), message("user", "kept13"),
+              message("user", "kept14", INPUT_IMAGE), reasoned("thought1"),
+              called("kept15", "kept2", '{"kept4":"kept16"}'), called("kept17", "kept6", "{}", namespace="kept5"),
+              output("kept18", "kept17"),
+              output([{**INPUT_IMAGE}, {"type": "input_text", "text": "kept19"}], "kept15"),
+              reasoned(summary=[], content=[{"type": "reasoning_text", "text": "thought2"}]),
+              item("custom_tool_call", id="ctc_1", status="completed", call_id="kept20", name="kept8", input="kept21"),
+              item("custom_tool_call_output", id="ctco_1", call_id="kept20", output="kept22"),
+              message("assistant", {"type": "output_text", "text": "kept23", "annotations": []}, status="completed"),
+              {"type": "message", "role": "user", "content": [
+                  {"type": "input_text", "text": "kept24"}]}]}
+COMPACTION = {**CODEX, "tools": [], "parallel_tool_calls": False, "reasoning": {"summary": "auto"}}
+COPILOT = {
+    "model": MODEL, "max_tokens": 8192, "temperature": 0, "stream": True, "system": "kept1", "tools": [{
+        "name": "kept2", "description": "kept3",
+        "input_schema": {"type": "object", "properties": {"kept4": {"type": "string"}}}}],
+    "messages": [blocks("kept5"), blocks(use("kept6", "kept2", kept4="kept7"), role="assistant"),
+                 blocks(used("kept8", "kept6"))]}
+RECORDED = [("Claude Code", "/v1/messages", CLAUDE_CODE), ("Claude Code, a title", "/v1/messages", TITLE),
+            ("Codex", "/v1/responses", CODEX),
+            ("Codex, compaction", "/v1/responses", COMPACTION), ("Copilot CLI", "/v1/messages", COPILOT)]
+
+
+@cases("kind", TARGET_KINDS)
+@cases("name, path, body", RECORDED, ids=[row[0] for row in RECORDED])
+def test_nothing_is_lost_of_what_agents_really_send(agents, kind, name, path, body):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hello"))
+    query = "?beta=true" if path == "/v1/messages" else ""
+    assert READERS[path](events_of(proxy.post(path + query, body).data)).text == "Hello"
+    sent = last_sent(target, kind)
+    text, told = json.dumps(sent), json.dumps(body)
+    kept = set(re.findall("kept[0-9]+", told))
+    assert kept - set(re.findall("kept[0-9]+", text)) == set() and len(kept) > 2 and "lost" not in text
+    assert text.count(PNG) == told.count(PNG)
+    assert set(re.findall("thought[0-9]", text)) == (set(re.findall("thought[0-9]", told)) if kind == "ollama"
+                                                     else set())
+    asked_for = [turn["tool_calls"] for turn in sent["messages"] if "tool_calls" in turn]
+    results = [turn["tool_call_id"] for turn in sent["messages"] if turn["role"] == "tool"]
+    assert sorted(call["id"] for calls in asked_for for call in calls) == sorted(results)
+    assert ("tools" in sent) == bool(body["tools"]) and "tool_choice" not in sent or body["tools"]
+    roles = [turn["role"] for turn in sent["messages"]]
+    assert path == "/v1/responses" or (roles.count("system") == 1 and roles[0] == "system")
+
+
 # ----------------------------------------------------------------------------
 # The official clients, where they are installed: the strictest judges there are
 # ----------------------------------------------------------------------------
