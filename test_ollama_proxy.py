@@ -7209,6 +7209,202 @@ def test_nothing_is_lost_of_what_agents_really_send(agents, kind, name, path, bo
     assert path == "/v1/responses" or (roles.count("system") == 1 and roles[0] == "system")
 
 
+# -- the official SDKs of both faces, where they are installed, in front of targets of both kinds
+
+
+def final(stream):
+    """What a stream helper has gathered when all was read."""
+    with stream as opened:
+        events = list(opened)
+        end = getattr(opened, "get_final_message", None) or opened.get_final_response
+        return events, end()
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    asking = dict(model=MODEL, max_tokens=2000, messages=[{"role": "user", "content": "hi"}],
+                  tools=CLAUDE_TOOLS["tools"],
+                  thinking={"type": "enabled", "budget_tokens": 1024})
+    one = client.messages.create(**asking)
+    events, streamed = final(client.messages.stream(**asking))
+    raw = list(client.messages.create(stream=True, **asking))
+    assert raw[0].type == "message_start" and raw[-1].type == "message_stop"
+    for answer in (one, streamed):
+        assert [block.type for block in answer.content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert (answer.content[0].thinking, answer.content[1].text) == ("hm", "Hello")
+        calls = [(block.id, block.name, block.input) for block in answer.content[2:]]
+        assert calls == [("c1", "f", {"x": 1}), ("c2", "g", {})] and answer.stop_reason == "tool_use"
+        assert (answer.usage.input_tokens, answer.usage.output_tokens) == (7, 9)
+        assert answer.role == "assistant" and answer.model == MODEL
+    assert [event.text for event in events if event.type == "text"] == ["Hel", "lo"]
+    assert [event.snapshot for event in events if event.type == "input_json"][0] == {"x": 1}
+    # The round trip: what came out goes in again, with results.
+    results = [{"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "see"}, PICTURE]},
+               {"type": "tool_result", "tool_use_id": "c1", "content": "one", "is_error": False}]
+    for answer in (one, streamed):
+        later = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
+        client.messages.create(**{**asking, "messages": asking["messages"] + later})
+        assert last_sent(target, kind)["messages"] == turns(
+            kind, HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}), thinking="hm"),
+            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
+    answer = client.messages.create(model=MODEL, max_tokens=9, system="s", messages=[blocks(PICTURE, "what?")])
+    assert answer.content[0].text == "A pixel." and answer.stop_reason == "end_turn"
+    assert last_sent(target, kind)["messages"] == turns(kind, turn("system", "s"), turn("user", "what?", images=(PNG,)))
+    many = [{"role": "user", "content": "hi" * 40}]
+    assert client.messages.count_tokens(model=MODEL, messages=many).input_tokens >= 10
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    assert final(client.messages.stream(**asking))[1].stop_reason == "max_tokens"
+    assert client.messages.create(**asking).stop_reason == "max_tokens"
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client_is_told_what_went_wrong(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=3)
+    asking = dict(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "hi"}])
+    target.answers[CHAT_PATH[kind]] = broken(kind, "boom")
+    for run in (lambda: list(client.messages.create(stream=True, **asking)),
+                lambda: final(client.messages.stream(**asking))):
+        with pytest.raises(anthropic.APIStatusError, match="boom"):
+            run()
+    target.answers[CHAT_PATH[kind]] = broken(kind)
+    with pytest.raises(anthropic.APIError, match="upstream"):
+        list(client.messages.create(stream=True, **asking))
+    for status, error in ((400, anthropic.BadRequestError), (401, anthropic.AuthenticationError),
+                          (403, anthropic.PermissionDeniedError), (404, anthropic.NotFoundError)):
+        target.answers[CHAT_PATH[kind]] = http_answer({"error": "it said no"}, status)
+        before = len(target.calls(CHAT_PATH[kind]))
+        with pytest.raises(error, match="it said no"):
+            client.messages.create(**asking)
+        assert len(target.calls(CHAT_PATH[kind])) == before + 1         # asked once: nothing to try again
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens is required"):
+        client.messages.create(**{**asking, "max_tokens": 0})
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client_parses_answers(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", '{"name": "Ada", "age": 36}'))
+    asking = dict(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "who?"}])
+    if not hasattr(client.messages, "parse"):
+        pytest.skip("an SDK without messages.parse")
+    assert client.messages.parse(output_format=Person, **asking).parsed_output == Person(name="Ada", age=36)
+    sent = last_sent(target, kind)
+    schema = sent["format"] if kind == "ollama" else sent["response_format"]["json_schema"]["schema"]
+    assert set(schema["properties"]) == {"name", "age"}
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_of_responses(agents, kind):
+    openai = pytest.importorskip("openai")
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    asking = dict(model=MODEL, input="hi", instructions="s", tools=CODEX_TOOLS["tools"], store=False,
+                  reasoning={"effort": "low", "summary": "auto"},
+                  include=["reasoning.encrypted_content"])
+    one = client.responses.create(**asking)
+    raw = list(client.responses.create(stream=True, **asking))
+    assert raw[0].type == "response.created" and raw[-1].type == "response.completed"
+    strict_tools = [{**tool, "strict": True} for tool in asking["tools"]]      # the helper wants them so
+    events, streamed = final(client.responses.stream(**{**asking, "tools": strict_tools}))
+    for answer in (one, raw[-1].response, streamed):
+        assert [entry.type for entry in answer.output] == ["reasoning", "message", "function_call", "function_call"]
+        assert (answer.output[0].summary[0].text, answer.output_text, answer.status) == ("hm", "Hello", "completed")
+        calls = [(call.call_id, call.name, json.loads(call.arguments)) for call in answer.output[2:]]
+        assert calls == [("c1", "f", {"x": 1}), ("c2", "g", {})]
+        assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (7, 9, 16)
+        assert answer.usage.output_tokens_details.reasoning_tokens >= 0 and answer.error is None
+    grown = {kind_of_event: [event for event in events if event.type == f"response.{kind_of_event}.delta"]
+             for kind_of_event in ("output_text", "reasoning_summary_text", "function_call_arguments")}
+    assert [event.snapshot for event in grown["output_text"]] == ["Hel", "Hello"]
+    assert [event.delta for event in grown["reasoning_summary_text"]] == ["h", "m"]
+    assert json.loads(grown["function_call_arguments"][0].snapshot) == {"x": 1}
+    # The round trip: what came out goes in again, with results.
+    for answer in (one, raw[-1].response, streamed):
+        client.responses.create(**{**asking, "input": [
+            {"role": "user", "content": "hi"}, *answer.output,
+            {"type": "function_call_output", "call_id": "c2",
+             "output": [{"type": "input_text", "text": "see"}, INPUT_IMAGE]},
+            {"type": "function_call_output", "call_id": "c1", "output": "one"}]})
+        assert last_sent(target, kind)["messages"] == turns(
+            kind, turn("system", "s"), HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}),
+                                                thinking="hm"),
+            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
+    answer = client.responses.create(model=MODEL, input=[message("user", "what?", INPUT_IMAGE)])
+    assert answer.output_text == "A pixel."
+    assert last_sent(target, kind)["messages"] == turns(kind, turn("user", "what?", images=(PNG,)))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    cut_short = client.responses.create(**asking, max_output_tokens=5)
+    assert cut_short.status == "incomplete" and cut_short.output_text == "Hel"
+    assert cut_short.incomplete_details.reason == "max_output_tokens"
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_parses_responses(agents, kind):
+    openai = pytest.importorskip("openai")
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    class Look(BaseModel):
+        """Looks somebody up."""
+        name: str
+
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", '{"name": "Ada", '), ("text", '"age": 36}'))
+    asking, ada = dict(model=MODEL, input="who?", text_format=Person), Person(name="Ada", age=36)
+    assert client.responses.parse(**asking).output_parsed == ada
+    assert final(client.responses.stream(**asking))[1].output_parsed == ada
+    sent = last_sent(target, kind)
+    schema = sent["format"] if kind == "ollama" else sent["response_format"]["json_schema"]["schema"]
+    assert set(schema["properties"]) == {"name", "age"}
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("call", "c1", "Look", {"name": "Ada"}))
+    answer = client.responses.parse(model=MODEL, input="who?", tools=[openai.pydantic_function_tool(Look)])
+    assert answer.output[0].name == "Look" and answer.output[0].parsed_arguments == Look(name="Ada")
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_of_responses_is_told_what_went_wrong(agents, kind):
+    openai = pytest.importorskip("openai")
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=3)
+    for error in (None, "boom"):
+        target.answers[CHAT_PATH[kind]] = broken(kind, error)
+        last = list(client.responses.create(model=MODEL, input="hi", stream=True))[-1]
+        assert last.type == "response.failed" and last.response.status == "failed"
+        assert (error or "upstream") in last.response.error.message
+        with pytest.raises(RuntimeError, match="response.completed"):
+            final(client.responses.stream(model=MODEL, input="hi"))
+    for status, kind_of_error in ((400, openai.BadRequestError), (401, openai.AuthenticationError),
+                                  (403, openai.PermissionDeniedError), (404, openai.NotFoundError)):
+        target.answers[CHAT_PATH[kind]] = http_answer({"error": "it said no"}, status)
+        before = len(target.calls(CHAT_PATH[kind]))
+        with pytest.raises(kind_of_error, match="it said no"):
+            client.responses.create(model=MODEL, input="hi")
+        assert len(target.calls(CHAT_PATH[kind])) == before + 1         # asked once: nothing to try again
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model=MODEL, input="hi", previous_response_id="resp_1")
+
+
 # ----------------------------------------------------------------------------
 # The official clients, where they are installed: the strictest judges there are
 # ----------------------------------------------------------------------------
