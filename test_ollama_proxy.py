@@ -5776,6 +5776,1779 @@ def test_the_file_imports_the_standard_library_alone():
 
 
 # ----------------------------------------------------------------------------
+# Agents: /v1/messages and /v1/responses
+# ----------------------------------------------------------------------------
+
+MODEL = "qwen3:8b"                      # stands in the lists of both scripted targets
+PNG = "iVBORw0KGgo="
+DATA_URL = f"data:image/png;base64,{PNG}"
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+BY_URL = {"type": "image", "source": {"type": "url", "url": "https://x.test/a.png"}}
+INPUT_IMAGE = {"type": "input_image", "detail": "high", "image_url": DATA_URL}
+PLAIN = {"/v1/messages": {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]},
+         "/v1/responses": {"model": MODEL, "input": "hi"}}
+AGENT_FACES, TARGET_KINDS = list(PLAIN), ["openai", "ollama"]
+CHAT_PATH = {"openai": "/v1/chat/completions", "ollama": "/api/chat"}
+LIST_PATH = {"openai": ("/v1/models", http_answer(LIST)), "ollama": ("/api/tags", http_answer(TAGS))}
+
+
+def spoken(kind, stream, *parts, reason="stop"):
+    """A target's HTTP answer that says `parts`: ("thinking", text), ("text", text) or ("call", id, name, arguments)."""
+    calls = [entry[1:] for entry in parts if entry[0] == "call"]
+    if not stream:
+        thinking, text = ("".join(entry[1] for entry in parts if entry[0] == name) for name in ("thinking", "text"))
+        if kind == "ollama":
+            message = {"role": "assistant", "content": text, "thinking": thinking, "tool_calls": [
+                {"id": ident, "function": {"name": name, "arguments": inner}} for ident, name, inner in calls]}
+            return http_answer({"message": message, "done": True, "done_reason": reason, "prompt_eval_count": 7,
+                                "eval_count": 9})
+        wired = [{"id": ident, "type": "function", **part(name, json.dumps(inner))} for ident, name, inner in calls]
+        return http_answer(whole(text or None, "tool_calls" if wired else reason, wired, usage=usage(7, 9)).replace(
+            b'"role"', b'"reasoning_content": %b, "role"' % json.dumps(thinking).encode(), 1))
+    pieces, at = [], 0
+    for name, *inner in parts:
+        if kind == "openai" and name == "call":
+            pieces.append(call_delta({"index": at, "id": inner[0], **part(inner[1], json.dumps(inner[2]))}))
+            at += 1
+        elif kind == "openai":
+            pieces.append(delta(inner[0]) if name == "text" else delta(reasoning_content=inner[0]))
+        else:
+            told = {"content" if name == "text" else name: inner[0]} if name != "call" else {
+                "tool_calls": [{"id": inner[0], "function": {"name": inner[1], "arguments": inner[2]}}]}
+            pieces.append({"message": {"role": "assistant", "content": "", **told}, "done": False})
+    if kind == "openai":
+        pieces += [delta(finish="tool_calls" if calls else reason), {"choices": [], "usage": usage(7, 9)}]
+        return http_stream(sse(*pieces))
+    pieces.append({"message": {"role": "assistant", "content": ""}, "done": True, "done_reason": reason,
+                   "prompt_eval_count": 7, "eval_count": 9})
+    return http_stream(ndjson(*pieces), "application/x-ndjson")
+
+
+def speaking(kind, *parts, **options):
+    """A script that answers streamed or whole, as it is asked."""
+    def script(talk):
+        talk.released = True
+        talk.send(spoken(kind, talk.request.json["stream"], *parts, **options))
+    return script
+
+
+HEARD = (("thinking", "h"), ("thinking", "m"), ("text", "Hel"), ("text", "lo"), ("call", "c1", "f", {"x": 1}),
+         ("call", "c2", "g", {}))
+
+
+def translating(start, target, kind, *argv):
+    """A proxy that translates both faces for a target of one kind."""
+    path, listed = LIST_PATH[kind]
+    target.answers = {path: listed, CHAT_PATH[kind]: speaking(kind, ("text", "Hello"))}
+    return start("--target-api", kind, "--translate", "always", *argv)
+
+
+@fixture(scope="module")
+def kept():
+    """What `agents` started first: it serves all rows of the tables."""
+    found = {}
+    yield found
+    for proxy, scripted in found.values():
+        proxy.close()
+        scripted.close()
+
+
+@fixture
+def agents(kept, monkeypatch):
+    """kind -> a proxy that translates both faces, and its target."""
+    if not kept:
+        monkeypatch.setattr(proxy_module, "sys", Streams())
+    for kind in TARGET_KINDS if not kept else ():
+        scripted = ScriptedTarget()
+        run = lambda *argv, url=scripted.url: RunningProxy("--target", url, "--no-log", *argv)      # noqa: E731
+        kept[kind] = translating(run, scripted, kind), scripted
+    return kept
+
+
+def last_sent(target, kind):
+    """The latest request for a chat, as the target got it."""
+    return target.calls(CHAT_PATH[kind])[-1].json
+
+
+def without(body, asked):
+    """`body` with what a row asks besides; what the row writes as ... is left out."""
+    return {key: value for key, value in {**body, **asked}.items() if value is not ...}
+
+
+def turn(role, content="", *calls, **beside):
+    """A turn that should reach the target: calls are (id, name, arguments)."""
+    return SimpleNamespace(**{"role": role, "content": content, "calls": calls, "thinking": "", "images": (), "id": "",
+                              "name": "", **beside})
+
+
+def openai_turns(history):
+    """Pictures of results follow as a user's."""
+    out, late = [], []
+    for one in history:
+        pictures = [{"type": "image_url", "image_url": {"url": url if ":" in url else f"data:image/png;base64,{url}"}}
+                    for url in one.images]
+        if one.role == "tool":
+            out.append({"role": "tool", "tool_call_id": one.id, "content": one.content})
+            late += [{"role": "user", "content": pictures}] if pictures else []
+            continue
+        out, late = (out, late) if one.calls else (out + late, [])
+        if pictures:
+            words = [{"type": "text", "text": one.content}] if one.content else []
+            out.append({"role": one.role, "content": words + pictures})
+        elif one.calls:
+            out.append({"role": one.role, "content": one.content or None, "tool_calls": [
+                {"id": ident, "type": "function", **part(name, json.dumps(inner, separators=(",", ":")))}
+                for ident, name, inner in one.calls]})
+        elif one.content or one.role != "assistant":
+            out.append({"role": one.role, "content": one.content})
+    return out + late
+
+
+def ollama_turns(history):
+    """What is empty is left out."""
+    out = []
+    for one in history:
+        out.append({"role": one.role, "content": one.content})
+        out[-1].update((key, value) for key, value in (
+            ("thinking", one.thinking), ("images", list(one.images)), ("tool_calls", [
+                {"id": ident, "function": {"index": at, "name": name, "arguments": inner}}
+                for at, (ident, name, inner) in enumerate(one.calls)]),
+            ("tool_call_id", one.id), ("tool_name", one.name)) if value)
+    return out
+
+
+def turns(kind, *history):
+    """Turns as a target of this kind gets them."""
+    return (openai_turns if kind == "openai" else ollama_turns)(history)
+
+
+def wired(kind, history, tools=(), tool_choice=None, parallel=None, think=None, format=None, **options):
+    """The whole body that should reach the target."""
+    body = {"model": MODEL, "stream": False, "messages": turns(kind, *history)}
+    if kind == "ollama":
+        renamed = {"num_predict" if name == "max_tokens" else name: value for name, value in options.items()}
+        offered = [{"type": "function", "function": {"description": "", **tool}} for tool in tools
+                   if tool_choice != "none"]
+        for tool in offered:
+            tool["function"].pop("strict", None)
+        beside = {"options": renamed, "tools": offered, "format": format}
+        return {**body, **{key: value for key, value in beside.items() if value},
+                **({} if think is None else {"think": think})}
+    body.update(options)
+    if tools:
+        body["tools"] = [{"type": "function", "function": tool} for tool in tools]
+        body.update(((key, value) for key, value in (("tool_choice", tool_choice), ("parallel_tool_calls", parallel))
+                     if value is not None))
+    if isinstance(think, bool):
+        body["chat_template_kwargs"] = {"enable_thinking": think}
+    body.update({} if think is None or think is True else {"reasoning_effort": think or "none"})
+    if format:
+        body["response_format"] = {"type": "json_object"} if format == "json" else {
+            "type": "json_schema", "json_schema": {"name": "response", "schema": format}}
+    return body
+
+
+def blocks(*content, role="user"):
+    """A message of blocks; a text stands for itself."""
+    return {"role": role, "content": [{"type": "text", "text": block} if isinstance(block, str) else block
+                                      for block in content]}
+
+
+def use(ident="toolu_1", name="f", **arguments):
+    return {"type": "tool_use", "id": ident, "name": name, "input": arguments}
+
+
+def used(content=..., ident="toolu_1", **fields):
+    return {"type": "tool_result", "tool_use_id": ident, **({} if content is ... else {"content": content}), **fields}
+
+
+def asked(*messages):
+    """The messages of a request after the user's first."""
+    return {"messages": [{"role": "user", "content": "hi"}, *messages]}
+
+
+def after_call(*content):
+    """The same with a call, and these blocks behind it."""
+    return asked(blocks(use(x=1), role="assistant"), blocks(*content))
+
+
+HI = turn("user", "hi")
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+NO_SCHEMA = {"type": "object", "properties": {}}
+F, G = {"name": "f", "description": "does f", "parameters": SCHEMA}, {"name": "g", "parameters": NO_SCHEMA}
+CLAUDE_TOOLS = {"tools": [{"name": "f", "description": "does f", "input_schema": {
+    "$schema": "http://json-schema.org/draft-07/schema#", **SCHEMA}}, {"type": "custom", "name": "g"}]}
+CALLED = turn("assistant", "", ("toolu_1", "f", {"x": 1}))
+
+
+def result_turn(content, **fields):
+    return turn("tool", content, id="toolu_1", name="f", **fields)
+
+
+# (name, what is asked besides, turns at the target, what stands beside them; `only` is the one kind that it is about)
+MESSAGES_ASKED = [
+    ("a text", {}, [HI], {}),
+    ("what an Ollama ignores, and keys that nobody knows", {
+        "metadata": {"user_id": "x"}, "context_management": {
+            "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "service_tier": "auto", "container": None, "mcp_servers": [], "betas": ["x"], "output_config": {}}, [HI], {}),
+    ("a system text", {"system": "be brief"}, [turn("system", "be brief"), HI], {}),
+    ("system blocks, joined without anything between them", {"system": [
+        {"type": "text", "text": "be ", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief"}]},
+     [turn("system", "be brief"), HI], {}),
+    ("the billing block is dropped, the rest stays", {"system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=ab12;"},
+        {"type": "text", "text": "be brief"}]},
+     [turn("system", "be brief"), HI], {}),
+    ("nothing but a billing block", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cch=ab12;"}]},
+     [HI], {}),
+    ("system turns anywhere join the leading one", {"system": "one", "messages": [
+        {"role": "user", "content": "hi"}, {"role": "system", "content": "two"}, blocks("Hello", role="assistant"),
+        blocks("three", role="system"), {"role": "user", "content": "go"}]},
+     [turn("system", "one\n\ntwo\n\nthree"), HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a system turn without a leading system", asked({"role": "system", "content": "two"}), [turn("system", "two"), HI],
+     {}),
+    ("text blocks, joined without anything between them", {"messages": [blocks("a", "b")]}, [turn("user", "ab")], {}),
+    ("pictures among texts", {"messages": [blocks("look: ", PICTURE, "and ", PICTURE, "here")]},
+     [turn("user", "look: and here", images=(PNG, PNG))], {}),
+    ("a picture alone", {"messages": [blocks(PICTURE)]}, [turn("user", images=(PNG,))], {}),
+    ("a picture of a kind that its bytes do not tell", {"messages": [blocks({"type": "image", "source": {
+        "type": "base64", "media_type": "image/webp", "data": "AAAAAAAA"}})]},
+     [turn("user", images=("data:image/webp;base64,AAAAAAAA",))], {"only": "openai"}),
+    ("a picture by its URL", {"messages": [blocks(BY_URL)]},
+     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+    ("thinking that comes back without a signature", asked(blocks(
+        {"type": "thinking", "thinking": "hm", "signature": ""}, "Hello", role="assistant"), blocks("go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("thinking that cannot be read", asked(blocks({"type": "redacted_thinking", "data": "AAAA"}, "Hello",
+                                                  role="assistant"), blocks("go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a call and its result", asked(blocks("I call.", use(x=1), role="assistant"), blocks(used("done"))),
+     [HI, turn("assistant", "I call.", ("toolu_1", "f", {"x": 1})), result_turn("done")], {}),
+    ("thinking beside a call", asked(blocks({"type": "thinking", "thinking": "hm", "signature": "s"}, use(x=1),
+                                            role="assistant"),
+                                     blocks(used("done"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), thinking="hm"), result_turn("done")], {}),
+    ("a result in blocks", after_call(used([{"type": "text", "text": "do"}, {"type": "text", "text": "ne"}])),
+     [HI, CALLED, result_turn("done")], {}),
+    ("a result with a picture", after_call(used([{"type": "text", "text": "see"}, PICTURE])),
+     [HI, CALLED, result_turn("see", images=(PNG,))], {}),
+    ("a result that is a picture", after_call(used([PICTURE], cache_control={"type": "ephemeral"})),
+     [HI, CALLED, result_turn("", images=(PNG,))], {}),
+    ("a result without content", after_call(used()), [HI, CALLED, result_turn("")], {}),
+    ("a result of no blocks", after_call(used([])), [HI, CALLED, result_turn("")], {}),
+    ("a result that is an error", after_call(used("no such file", is_error=True)),
+     [HI, CALLED, result_turn("Error: no such file")], {}),
+    ("a result that is none", after_call(used("done", is_error=False)), [HI, CALLED, result_turn("done")], {}),
+    ("results of parallel calls in one message, in another order", asked(
+        blocks(use(x=1), use("toolu_2", "g"), role="assistant"), blocks(used("two", "toolu_2"), used("one"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})),
+      turn("tool", "two", id="toolu_2", name="g"), result_turn("one")], {}),
+    ("results before the text of their turn, wherever they stand", asked(
+        blocks(use(x=1), role="assistant"), blocks("and ", PICTURE, used("done"), "now?")),
+     [HI, CALLED, result_turn("done"), turn("user", "and now?", images=(PNG,))], {}),
+    ("pictures of two results", asked(blocks(use(x=1), use("toolu_2", "g"), role="assistant"),
+                                      blocks(used([PICTURE]),
+                                             used([PICTURE, {"type": "text", "text": "b"}], "toolu_2"))),
+     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})), result_turn("", images=(PNG,)),
+      turn("tool", "b", id="toolu_2", name="g", images=(PNG,))], {}),
+    ("a call that nobody answered", after_call("never mind"),
+     [HI, CALLED, result_turn(""), turn("user", "never mind")], {}),
+    ("a result whose call was cut off", {"messages": [blocks(used("done"))]},
+     [turn("assistant", "", ("toolu_1", "unknown", {})), turn("tool", "done", id="toolu_1", name="unknown")], {}),
+    ("two turns of calls", asked(blocks(use(x=1), role="assistant"), blocks(used("one")),
+                                 blocks(use("toolu_2", "f", x=2), role="assistant"), blocks(used("two", "toolu_2"))),
+     [HI, CALLED, result_turn("one"), turn("assistant", "", ("toolu_2", "f", {"x": 2})),
+      turn("tool", "two", id="toolu_2", name="f")], {}),
+    ("what a server's own tool left", asked(blocks(
+        {**use("srv_1", "web_search", query="x"), "type": "server_tool_use"},
+        {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": []}, "Found.", role="assistant"),
+        blocks("go")),
+     [HI, turn("assistant", "Found.", ("srv_1", "web_search", {"query": "x"})),
+      turn("tool", "", id="srv_1", name="web_search"), turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop_sequences": ["a", "b"], "max_tokens": 7}, [HI],
+     {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop": ["a", "b"], "max_tokens": 7}),
+    ("no stop sequences", {"stop_sequences": []}, [HI], {}),
+    ("an answer by a schema", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, [HI],
+     {"format": SCHEMA}),
+    ("tools", CLAUDE_TOOLS, [HI], {"tools": [F, G]}),
+    ("tools that run at Anthropic are left out", {"tools": [
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 5},
+        {"type": "code_execution_20250825", "name": "code_execution"},
+        *CLAUDE_TOOLS["tools"]]}, [HI], {"tools": [F, G]}),
+    ("nothing but such tools", {"tools": [{"type": "web_search_20250305", "name": "web_search"}],
+                                "tool_choice": {"type": "auto"}}, [HI], {}),
+    ("no tools, but a choice among them", {"tools": [],
+                                           "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, [HI],
+                                           {}),
+    ("tool choice auto", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto"}}, [HI],
+     {"tools": [F, G], "tool_choice": "auto"}),
+    ("tool choice any", {**CLAUDE_TOOLS, "tool_choice": {"type": "any"}}, [HI],
+     {"tools": [F, G], "tool_choice": "required"}),
+    ("tool choice none", {**CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, [HI],
+     {"tools": [F, G], "tool_choice": "none"}),
+    ("tool choice of one tool", {**CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, [HI],
+     {"tools": [F], "tool_choice": "required"}),
+    ("one call at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [HI],
+     {"tools": [F, G], "tool_choice": "auto", "parallel": False}),
+    ("many calls at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": False}}, [HI],
+     {"tools": [F, G], "tool_choice": "required"}),
+]
+# thinking, effort, what it means
+CLAUDE_THINKING = [
+    (None, None, None), (None, "low", "low"), (None, "medium", "medium"), (None, "high", "high"), (None, "max", "max"),
+    (None, "xhigh", "high"), (None, "unheard of", None), ({"type": "adaptive"}, None, None),
+    ({"type": "adaptive"}, "high", "high"), ({"type": "disabled"}, None, False), ({"type": "disabled"}, "high", False),
+    ({"type": "enabled"}, None, True), ({"type": "enabled", "budget_tokens": 1024}, None, "low"),
+    ({"type": "enabled", "budget_tokens": 10000}, None, "medium"),
+    ({"type": "enabled", "budget_tokens": 31999}, None, "high"),
+    ({"type": "enabled", "budget_tokens": 1 << 70}, None, "high"),
+]
+MESSAGES_ASKED += [
+    (f"thinking {json.dumps(thinking)}, effort {effort}", {"thinking": thinking, "output_config": {"effort": effort}},
+     [HI],
+     {"think": wanted}) for thinking, effort, wanted in CLAUDE_THINKING]
+
+
+def item(kind, **fields):
+    return {"type": kind, **fields}
+
+
+def message(role, *parts, kind="input_text", **fields):
+    """A message item; a text stands for a part of its own."""
+    content = [{"type": kind, "text": one} if isinstance(one, str) else one for one in parts]
+    return {"type": "message", "id": "msg_1", "role": role, "content": content, **fields}
+
+
+def called(ident="call_1", name="f", arguments='{"x": 1}', **fields):
+    return {"type": "function_call", "id": "fc_1", "status": "completed", "call_id": ident, "name": name,
+            "arguments": arguments, **fields}
+
+
+def output(value, ident="call_1", **fields):
+    return {"type": "function_call_output", "id": "fco_1", "call_id": ident, "output": value, **fields}
+
+
+def given(*items):
+    return {"input": [message("user", "hi"), *items]}
+
+
+def reasoned(text="hm", **fields):
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": text}], "content": None,
+            "encrypted_content": None, **fields}
+
+
+CALLED_TOO = turn("assistant", "", ("call_1", "f", {"x": 1}))
+CODEX_TOOLS = {"tools": [{"type": "function", "name": "f", "description": "does f", "strict": False,
+                          "parameters": SCHEMA},
+                         {"type": "function", "name": "g", "parameters": None}]}
+F_TOO = {**F, "strict": False}
+SPAWN = {"type": "namespace", "name": "agents", "description": "other agents", "tools": [
+    {"type": "function", "name": "f", "description": "does f", "strict": False, "parameters": SCHEMA}]}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Patches files.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin end"}}
+ONE_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def output_turn(content, **fields):
+    return turn("tool", content, **{"id": "call_1", "name": "f", **fields})
+
+
+RESPONSES_ASKED = [
+    ("a text", {}, [HI], {}),
+    ("what an Ollama ignores, and keys that nobody knows", {
+        "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "client_metadata": {"a": "b"}, "metadata": {},
+        "truncation": "auto", "service_tier": "auto", "user": "u", "previous_response_id": None,
+        "text": {"verbosity": "low"}, "instructions": None},
+     [HI], {}),
+    ("instructions", {"instructions": "be brief"}, [turn("system", "be brief"), HI], {}),
+    ("the instructions of a developer", {"input": [message("developer", "be ", "brief"), message("system", "now"),
+                                                   message("user", "hi")]},
+     [turn("system", "be \nbrief"), turn("system", "now"), HI], {}),
+    ("a message without type", {"input": [{"role": "user", "content": "hi"}]}, [HI], {}),
+    ("an answer that comes back", given(message("assistant",
+                                                {"type": "output_text", "text": "Hello", "annotations": []},
+                                                status="completed"), message("user", "go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("an answer that comes back as a string", given({"role": "assistant", "content": "Hello"}, message("user", "go")),
+     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+    ("a refusal that comes back", given(message("assistant", {"type": "refusal", "refusal": "No."}),
+                                        message("user", "go")),
+     [HI, turn("assistant", "No."), turn("user", "go")], {}),
+    ("pictures", {"input": [message("user", "look", INPUT_IMAGE, INPUT_IMAGE)]},
+     [turn("user", "look", images=(PNG, PNG))], {}),
+    ("a picture by its URL", {"input": [message("user", {"type": "input_image", "image_url": "https://x.test/a.png"})]},
+     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+    ("a call and its result", given(called(), output("done")), [HI, CALLED_TOO, output_turn("done")], {}),
+    ("a call joins the answer before it", given(message("assistant", "I call.", kind="output_text"), called(),
+                                                output("done")),
+     [HI, turn("assistant", "I call.", ("call_1", "f", {"x": 1})), output_turn("done")], {}),
+    ("a call without arguments", given(called(arguments=""), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {})), output_turn("done")], {}),
+    ("a result in parts", given(called(), output([{"type": "input_text", "text": "do"},
+                                                  {"type": "output_text", "text": "ne"}])),
+     [HI, CALLED_TOO, output_turn("do\nne")], {}),
+    ("a result with a picture", given(called(), output([{"type": "input_text", "text": "see"}, INPUT_IMAGE])),
+     [HI, CALLED_TOO, output_turn("see", images=(PNG,))], {}),
+    ("a result that is a picture", given(called(), output([INPUT_IMAGE])),
+     [HI, CALLED_TOO, output_turn("", images=(PNG,))], {}),
+    ("parallel calls, their results in another order",
+     given(called(), called("call_2", "g", "{}"), output("two", "call_2"), output("one")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), ("call_2", "g", {})),
+      output_turn("two", id="call_2", name="g"), output_turn("one")], {}),
+    ("a call that nobody answered", given(called(), message("user", "never mind")),
+     [HI, CALLED_TOO, output_turn(""), turn("user", "never mind")], {}),
+    ("a result whose call was cut off", {"input": [output("done")]},
+     [turn("assistant", "", ("call_1", "unknown", {})), output_turn("done", name="unknown")], {}),
+    ("a call into a namespace", given(called(namespace="agents"), output("done")),
+     [HI, turn("assistant", "", ("call_1", "agents__f", {"x": 1})), output_turn("done", name="agents__f")], {}),
+    ("a custom call", given(item("custom_tool_call", id="ctc_1", call_id="call_1", name="apply_patch",
+                                 input="*** Begin\n\"x\""),
+                            item("custom_tool_call_output", call_id="call_1", output="done")),
+     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "*** Begin\n\"x\""})),
+      output_turn("done", name="apply_patch")], {}),
+    ("a custom call's result in parts", given(item("custom_tool_call", call_id="call_1", name="apply_patch", input="x"),
+                                              item("custom_tool_call_output", call_id="call_1", output=[INPUT_IMAGE])),
+     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "x"})),
+      output_turn("", name="apply_patch", images=(PNG,))], {}),
+    ("a summary before an answer", given(reasoned(), message("assistant", "Hello", kind="output_text"),
+                                         message("user", "go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("a summary before a call", given(reasoned(), called(), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+    ("reasoning in full", given(reasoned(summary=[],
+                                         content=[{"type": "reasoning_text", "text": "h"},
+                                                  {"type": "reasoning_text", "text": "m"}]), called(), output("done")),
+     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+    ("reasoning in encrypted_content, where we put it",
+     given(reasoned("short", encrypted_content="hm"), message("assistant", "Hello", kind="output_text"),
+           message("user", "go")),
+     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+    ("what a hosted tool left", given(item("web_search_call", id="ws_1", status="completed",
+                                           action={"type": "search", "query": "x"}),
+                                      message("assistant", "Found.", kind="output_text"), message("user", "go")),
+     [HI, turn("assistant", "Found."), turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "max_output_tokens": 7}, [HI],
+     {"temperature": 0, "top_p": 0.5, "max_tokens": 7}),
+    ("no more than one token", {"max_output_tokens": 1}, [HI], {"max_tokens": 1}),
+    ("an answer by a schema", {"text": {"verbosity": "low",
+                                        "format": {"type": "json_schema", "strict": True, "name": "title",
+                                                   "schema": SCHEMA}}}, [HI], {"format": SCHEMA}),
+    ("an answer in JSON", {"text": {"format": {"type": "json_object"}}}, [HI], {"format": "json"}),
+    ("an answer in text", {"text": {"format": {"type": "text"}}}, [HI], {}),
+    ("tools", CODEX_TOOLS, [HI], {"tools": [F_TOO, G]}),
+    ("a namespace of tools", {"tools": [SPAWN]}, [HI], {"tools": [{**F_TOO, "name": "agents__f"}]}),
+    ("a tool of one text", {"tools": [PATCH]}, [HI], {"tools": [{
+        "name": "apply_patch", "description": "Patches files.\n\nThe input must follow this grammar:\nstart: begin end",
+        "parameters": ONE_TEXT}]}),
+    ("a tool of one text, any text", {"tools": [{"type": "custom", "name": "say", "format": {"type": "text"}}]}, [HI],
+     {"tools": [{"name": "say", "parameters": ONE_TEXT}]}),
+    ("hosted tools are left out", {"tools": [
+        {"type": "web_search", "external_web_access": True}, {"type": "local_shell"}, {"type": "image_generation"},
+        {"type": "code_interpreter"},
+        {"type": "tool_search", "execution": "client", "description": "d", "parameters": {}}, *CODEX_TOOLS["tools"]]},
+        [HI], {"tools": [F_TOO, G]}),
+    ("nothing but such tools", {"tools": [{"type": "web_search"}], "tool_choice": "auto", "parallel_tool_calls": True},
+     [HI], {}),
+    ("no tools, but a choice among them", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, [HI], {}),
+    ("many calls at a time", {**CODEX_TOOLS, "parallel_tool_calls": True}, [HI],
+     {"tools": [F_TOO, G], "parallel": True}),
+    ("one call at a time", {**CODEX_TOOLS, "parallel_tool_calls": False}, [HI],
+     {"tools": [F_TOO, G], "parallel": False}),
+]
+# tool_choice, tools that are offered, what is left of the choice
+CODEX_CHOICES = [
+    ("auto", [F_TOO, G], "auto"), ("required", [F_TOO, G], "required"), ("none", [F_TOO, G], "none"),
+    ({"type": "function", "name": "f"}, [F_TOO], "required"),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}, [G], "auto"),
+    ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, [F_TOO], "required"),
+]
+CODEX_REASONING = [
+    (None, None), ({"summary": "auto"}, None), ({"effort": None}, None), ({"effort": "none"}, False),
+    ({"effort": "minimal"}, "low"), ({"effort": "low"}, "low"), ({"effort": "medium", "summary": "auto"}, "medium"),
+    ({"effort": "high"}, "high"), ({"effort": "xhigh"}, "max"),
+]
+RESPONSES_ASKED += [
+    (f"tool choice {json.dumps(choice)}", {**CODEX_TOOLS, "tool_choice": choice}, [HI],
+     {"tools": offered, "tool_choice": left})
+    for choice, offered, left in CODEX_CHOICES]
+RESPONSES_ASKED += [(f"reasoning {json.dumps(reasoning)}", {"reasoning": reasoning}, [HI], {"think": wanted})
+                    for reasoning, wanted in CODEX_REASONING]
+
+
+def check_asked(agents, path, body, history, only=None, **beside):
+    for kind, (proxy, target) in agents.items():
+        if kind == (only or kind):
+            before = len(target.calls(CHAT_PATH[kind]))
+            answer = proxy.post(path, without(PLAIN[path], body))
+            assert answer.status == 200, answer.data
+            sent = target.calls(CHAT_PATH[kind])[before:]
+            assert [request.json for request in sent] == [wired(kind, history, **beside)], kind
+
+
+@cases("name, body, history, beside", MESSAGES_ASKED, ids=[row[0] for row in MESSAGES_ASKED])
+def test_what_is_asked_of_messages_reaches_the_target(agents, name, body, history, beside):
+    check_asked(agents, "/v1/messages", body, history, **{"max_tokens": 50, **beside})
+
+
+@cases("name, body, history, beside", RESPONSES_ASKED, ids=[row[0] for row in RESPONSES_ASKED])
+def test_what_is_asked_of_responses_reaches_the_target(agents, name, body, history, beside):
+    check_asked(agents, "/v1/responses", body, history, **beside)
+
+
+def cannot(kind, name):
+    """Ollama's parser says so of a value of the wrong type."""
+    return f"cannot unmarshal {kind} into .*{name}"
+
+
+POSITIVE = "^max_tokens is required and must be positive$"
+NO_URLS = "^image URLs are not currently supported, please use base64 encoded data instead$"
+
+# (what is asked besides, what the refusal says, the only kind of target that it is about)
+MESSAGES_REFUSED = [
+    ({"model": ...}, "^model is required$"), ({"model": ""}, "^model is required$"),
+    ({"model": 5}, cannot("number", "model")),
+    ({"max_tokens": ...}, POSITIVE), ({"max_tokens": 0}, POSITIVE),
+    ({"max_tokens": -1}, POSITIVE), ({"max_tokens": None}, POSITIVE),
+    ({"max_tokens": "5"}, cannot("string", "max_tokens")), ({"max_tokens": 1.5}, cannot("number", "max_tokens")),
+    ({"max_tokens": True}, cannot("bool", "max_tokens")),
+    ({"messages": ...}, "^messages is required$"), ({"messages": []}, "^messages is required$"),
+    ({"messages": "hi"}, cannot("string", "messages")),
+    ({"messages": {}}, cannot("object", "messages")), ({"messages": ["hi"]}, cannot("string", "messages")),
+    ({"messages": [{"role": 5, "content": "hi"}]}, cannot("number", "role")),
+    ({"messages": [{"role": "user", "content": 5}]}, "content"),
+    ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "content"),
+    ({"messages": [{"role": "user", "content": True}]}, "content"),
+    ({"messages": [{"role": "system", "content": 5}]}, cannot("number", "")),
+    ({"messages": [{"role": "user", "content": [5]}]}, cannot("number", "content")),
+    ({"messages": [blocks({"type": "text", "text": 5})]}, cannot("number", "text")),
+    ({"messages": [blocks({"type": "nonsense"})]}, "nonsense"),
+    ({"messages": [blocks({"text": "no type"})]}, "."), ({"messages": [blocks({"type": 5})]}, cannot("number", "type")),
+    ({"messages": [blocks({"type": "document", "source": {"type": "text", "data": "x"}})]}, "document"),
+    ({"messages": [blocks({"type": "search_result", "content": []})]}, "search_result"),
+    ({"messages": [blocks({"type": "image", "source": PNG})]}, cannot("string", "source")),
+    ({"messages": [blocks({"type": "image"})]}, "image"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "base64", "media_type": "image/png"}})]}, "image"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "base64", "data": "?"}})]}, "illegal base64"),
+    ({"messages": [blocks({"type": "image", "source": {"type": "file", "file_id": "file_1"}})]}, "image"),
+    ({"messages": [blocks(BY_URL)]},
+     NO_URLS, "ollama"),
+    (asked(blocks({**use(), "input": "x"}, role="assistant")), cannot("string", "input")),
+    (asked(blocks({**use(), "id": 5}, role="assistant")), cannot("number", "id")),
+    (asked(blocks({"type": "thinking", "thinking": 5}, role="assistant")), cannot("number", "thinking")),
+    (after_call(used(5)), "content"), (after_call(used({"a": 1})), "content"),
+    (after_call(used([{"type": "nonsense"}])), "nonsense"),
+    (after_call(used("x", is_error="yes")), cannot("string", "is_error")),
+    (after_call(used([BY_URL])),
+     NO_URLS, "ollama"),
+    ({"system": 5}, cannot("number", "system")),
+    ({"system": {"type": "text", "text": "x"}}, cannot("object", "system")),
+    ({"system": [5]}, cannot("number", "system")),
+    ({"system": [{"type": "text", "text": 5}]}, cannot("number", "text")),
+    ({"system": [PICTURE]}, "image"), (asked(blocks(PICTURE, role="system")), "image"),
+    ({"tools": {}}, cannot("object", "tools")), ({"tools": ["f"]}, cannot("string", "tools")),
+    ({"tools": [{"input_schema": SCHEMA}]}, "name"),
+    ({"tools": [{"name": 5}]}, cannot("number", "name")), ({"tool_choice": "auto"}, cannot("string", "tool_choice")),
+    ({"tool_choice": {"type": 5}, **CLAUDE_TOOLS}, "type"),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": "yes"}, **CLAUDE_TOOLS},
+     "disable_parallel_tool_use"),
+    ({"thinking": True}, cannot("bool", "thinking")), ({"thinking": {"type": 5}}, "type"),
+    ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, "budget_tokens"),
+    ({"output_config": {"effort": 5}}, "effort"),
+    ({"output_config": "high"}, cannot("string", "output_config")),
+    ({"output_config": {"format": "json"}}, "format"), ({"temperature": "hot"}, cannot("string", "temperature")),
+    ({"top_k": 1.5}, cannot("number", "top_k")), ({"stop_sequences": "a"}, cannot("string", "stop_sequences")),
+    ({"stop_sequences": [5]}, "stop"), ({"stream": "yes"}, cannot("string", "stream")),
+]
+RESPONSES_REFUSED = [
+    ({"model": ...}, "^model is required$"), ({"model": ""}, "^model is required$"),
+    ({"model": 5}, cannot("number", "model")),
+    ({"input": ...}, "input is required"), ({"input": ""}, "input is required"), ({"input": []}, "input is required"),
+    ({"input": None}, "input is required"),
+    ({"input": 5}, "input"), ({"input": {}}, "input"), ({"input": ["hi"]}, cannot("string", "input")),
+    ({"input": [{}]}, r'^input\[0\]: unknown input item type: ""$'),
+    (given(item("nonsense")), r'^input\[1\]: unknown input item type: "nonsense"$'),
+    (given(item("item_reference", id="msg_1")), r'^input\[1\]: unknown input item type: "item_reference"$'),
+    ({"input": [{"type": 5}]}, cannot("number", "type")),
+    ({"input": [{"role": 5, "content": "hi"}]}, cannot("number", "role")),
+    ({"input": [{"role": "user", "content": 5}]}, "content"),
+    ({"input": [message("user", {"type": "nonsense"})]}, "nonsense"),
+    ({"input": [message("user", {"type": "input_file", "file_id": "file_1"})]}, "input_file"),
+    ({"input": [message("user", {"type": "input_image", "file_id": "file_1"})]}, "image"),
+    ({"input": [message("user", {**INPUT_IMAGE, "image_url": 5})]}, "image"),
+    ({"input": [message("user", {**INPUT_IMAGE, "image_url": "?"})]}, "image"),
+    ({"input": [message("user", {"type": "input_image", "image_url": "https://x.test/a.png"})]},
+     NO_URLS, "ollama"),
+    (given(called(arguments=5)), cannot("number", "arguments")), (given(called(ident=5)), cannot("number", "call_id")),
+    (given(called(), output([{"type": "nonsense"}])), "nonsense"), (given(called(), output(5)), "."),
+    (given(reasoned(summary="x")), cannot("string", "summary")),
+    (given(item("custom_tool_call", call_id="c", name="f", input={})), cannot("object", "input")),
+    ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "."),
+    ({"previous_response_id": 5}, "previous_response_id"),
+    ({"instructions": 5}, cannot("number", "instructions")), ({"tools": {}}, cannot("object", "tools")),
+    ({"tools": ["f"]}, cannot("string", "tools")),
+    ({"tools": [{"type": "function"}]}, "name"), ({"tools": [{"type": "custom"}]}, "name"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": "x"}]}, cannot("string", "tools")),
+    ({"tool_choice": 5, **CODEX_TOOLS}, "tool_choice"), ({"text": "x"}, cannot("string", "text")),
+    ({"text": {"format": "json"}}, "format"), ({"reasoning": "high"}, cannot("string", "reasoning")),
+    ({"reasoning": {"effort": "lots"}}, "lots"), ({"reasoning": {"effort": 5}}, "effort"),
+    ({"max_output_tokens": "5"}, cannot("string", "max_output_tokens")),
+    ({"parallel_tool_calls": "yes"}, cannot("string", "parallel_tool_calls")),
+    ({"temperature": "hot"}, cannot("string", "temperature")),
+    ({"stream": "yes"}, cannot("string", "stream")),
+]
+REFUSED = [(kind, path, row[0], row[1]) for path, table in zip(AGENT_FACES, (MESSAGES_REFUSED, RESPONSES_REFUSED))
+           for row in table
+           for kind in (row[2:] or TARGET_KINDS[:1])]
+
+
+def check_agent_error(path, answer, status, kind, text):
+    """An error answer in the dialect's own shape; OpenAI has fewer types of them than Anthropic, as Ollama has."""
+    value = json.loads(answer.data)
+    if path == "/v1/responses" and status not in (400, 404, 500, 502):
+        kind = value["error"]["type"]
+    assert answer.status == status and answer.headers["Content-Type"] == "application/json", answer.data
+    if path == "/v1/responses":
+        assert set(value) == {"error"} and set(value["error"]) == {"message", "type", "param", "code"}
+    else:
+        assert set(value) == {"type", "error", "request_id"} and value["type"] == "error"
+        assert set(value["error"]) == {"type", "message"}
+        assert re.fullmatch("req_[0-9a-zA-Z]{16,}", value["request_id"])
+    assert value["error"]["type"] == kind and re.search(text, value["error"]["message"]), value
+    temporary = status >= 500 or status == 429
+    assert answer.headers.get("x-should-retry") == (None if temporary else "false")
+
+
+@cases("kind, path, body, text", REFUSED, ids=[f"{path[4:]} {str(body)[:100]}" for _, path, body, _ in REFUSED])
+def test_what_cannot_be_understood_is_refused_in_the_shape_of_the_dialect(agents, capfd, kind, path, body, text):
+    proxy, target = agents[kind]
+    before = len(target.calls(CHAT_PATH[kind]))
+    for stream in (False, True):
+        answer = proxy.post(path, without(PLAIN[path], {"stream": stream, **body}))
+        check_agent_error(path, answer, 400, "invalid_request_error", text)
+    assert len(target.calls(CHAT_PATH[kind])) == before and "Traceback" not in capfd.readouterr().err
+
+
+@cases("path", [*AGENT_FACES, "/v1/messages/count_tokens"])
+@cases("data, text", [(b"", "missing request body"), (b"  ", "missing request body"),
+                      (b'{"model": "m"', "unexpected EOF"), (b"hello", "invalid JSON"),
+                      (b"[]", "cannot unmarshal"), (b'"x"', "cannot unmarshal")])
+def test_what_is_no_json_object_is_refused_in_the_shape_of_the_dialect(agents, path, data, text):
+    answer = agents["openai"][0].post(path, data, {"Content-Type": "application/json"})
+    check_agent_error(path, answer, 400, "invalid_request_error", text)
+
+
+@cases("kind", TARGET_KINDS)
+def test_tokens_are_counted_without_asking_the_target(agents, kind):
+    proxy, target = agents[kind]
+    before, path = len(target.calls(CHAT_PATH[kind])), "/v1/messages/count_tokens"
+
+    def count(**body):
+        answer = proxy.post(path + "?beta=true", without(PLAIN["/v1/messages"], {"max_tokens": ..., **body}))
+        assert answer.status == 200 and list(json.loads(answer.data)) == ["input_tokens"], answer.data
+        return json.loads(answer.data)["input_tokens"]
+
+    assert 1 <= count() < count(system="be brief, " * 20) < count(system="be brief, " * 20, **CLAUDE_TOOLS)
+    assert count(messages=[blocks("x" * 4000)]) >= 1000
+    assert count(messages=[blocks("x", {"type": "thinking", "thinking": "y" * 4000}, role="assistant")]) >= 1000
+    assert count(**asked(blocks(use(x="z" * 4000), role="assistant"), blocks(used("r" * 4000)))) >= 2000
+    for body, text in (({"model": ...}, "model is required"), ({"messages": []}, "messages is required"),
+                       ({"messages": [blocks({"type": "nonsense"})]}, "nonsense")):
+        answer = proxy.post(path, without(PLAIN["/v1/messages"], body))
+        check_agent_error(path, answer, 400, "invalid_request_error", text)
+    assert len(target.calls(CHAT_PATH[kind])) == before and not target.calls(path)
+
+
+# -- what comes back
+
+
+def events_of(data):
+    """(name, data) of all frames; every frame is one `event:` line and one `data:` line."""
+    frames = data.decode().split("\n\n")
+    assert frames.pop() == "", data[-200:]
+    found = []
+    for frame in frames:
+        name, line = frame.split("\n")
+        assert name.startswith("event: ") and line.startswith("data: "), frame
+        found.append((name[7:], json.loads(line[6:])))
+        assert found[-1][1]["type"] == name[7:]
+    return found
+
+
+def speech(thinking="", text="", calls=(), ending="", error=None):
+    """What an answer says, whichever way it is written."""
+    return SimpleNamespace(thinking=thinking.strip(), text=text, calls=[tuple(call) for call in calls], ending=ending,
+                           error=error)
+
+
+def read_blocks(content):
+    """What the blocks of a message say."""
+    for block in content:
+        assert set(block) <= {"type", "text", "thinking", "signature", "id", "name", "input"}, block
+    calls = [block for block in content if block["type"] == "tool_use"]
+    assert all(isinstance(block["input"], dict) and block["id"] and block["name"] for block in calls)
+    assert len({block["id"] for block in calls}) == len(calls)
+    thinking, text = ("".join(block[kind] for block in content if block["type"] == kind)
+                      for kind in ("thinking", "text"))
+    return {"thinking": thinking, "text": text, "calls": [(block["name"], block["input"]) for block in calls]}
+
+
+def check_usage(usage, *names):
+    assert all(isinstance(usage[name], int) and usage[name] >= (name != "output_tokens") for name in names), usage
+
+
+STOP_REASONS = ["end_turn", "max_tokens", "tool_use", "stop_sequence"]
+
+
+def read_message(value, finished=True):
+    """What a whole message says; it has all that the SDK's types demand."""
+    assert (value["type"], value["role"]) == ("message", "assistant") and re.fullmatch("msg_[0-9a-zA-Z]{10,}",
+        value["id"])
+    assert isinstance(value["model"], str)
+    assert value["stop_reason"] in (STOP_REASONS if finished else [None])
+    assert (value["stop_sequence"] is not None) == (value["stop_reason"] == "stop_sequence")
+    check_usage(value["usage"], "input_tokens", "output_tokens")
+    return speech(ending=value["stop_reason"] or "", **read_blocks(value["content"]))
+
+
+def read_message_stream(events):
+    """What the events of /v1/messages say; their order is right, and only a finished stream looks finished."""
+    content, opened, ending, error = [], False, "", None
+    names = [name for name, _ in events]
+    if names == ["error"]:
+        assert events[0][1]["error"]["message"]
+        return speech(error=events[0][1]["error"]["message"])
+    assert names[0] == "message_start" and names.count("message_start") == 1
+    assert read_message(events[0][1]["message"], False) == speech()
+    for name, value in events[1:]:
+        assert not ending and error is None or (name == "message_stop" and value is events[-1][1] and ending), names
+        if name == "content_block_start":
+            assert not opened and value["index"] == len(content)
+            content.append({**value["content_block"]})
+            kind, opened = content[-1]["type"], True
+            assert content[-1].get(kind, "") == "" and (kind != "tool_use" or content[-1]["input"] == {})
+            content[-1]["json"] = ""
+        elif name == "content_block_delta":
+            inner = value["delta"]
+            assert opened and value["index"] == len(content) - 1
+            if inner["type"] == "input_json_delta":
+                assert content[-1]["type"] == "tool_use" and inner["partial_json"]
+                content[-1]["json"] += inner["partial_json"]
+            else:
+                assert inner["type"] == f"{content[-1]['type']}_delta" and inner[content[-1]["type"]]
+                content[-1][content[-1]["type"]] += inner[content[-1]["type"]]
+        elif name == "content_block_stop":
+            assert opened and value["index"] == len(content) - 1
+            opened, text = False, content[-1].pop("json")
+            if content[-1]["type"] == "tool_use":
+                content[-1]["input"] = json.loads(text or "{}")
+            else:
+                assert content[-1][content[-1]["type"]]     # no block without a text in it
+        elif name == "message_delta":
+            assert not opened
+            check_usage(value["usage"], "input_tokens", "output_tokens")
+            ending = value["delta"]["stop_reason"]
+            assert ending in STOP_REASONS
+            assert (value["delta"]["stop_sequence"] is not None) == (ending == "stop_sequence")
+        elif name == "error":
+            error = value["error"]["message"]
+            assert error and value["error"]["type"]
+        else:
+            assert name == "message_stop" and names[-2] == "message_delta"
+    assert (names[-1] == "message_stop") == bool(ending) != (names[-1] == "error")
+    content = [{key: value for key, value in block.items() if key != "json"} for block in content
+               if block["type"] != "tool_use" or "json" not in block]
+    return speech(ending=ending, error=error, **read_blocks(content))
+
+
+def read_items(output):
+    """What the items of a response say."""
+    assert len({one["id"] for one in output}) == len(output)
+    found = {"thinking": "", "text": "", "calls": []}
+    for one in output:
+        if one["type"] == "message":
+            assert one["role"] == "assistant" and one["status"] == "completed" and one["id"].startswith("msg_")
+            for piece in one["content"]:
+                assert piece["type"] == "output_text" and piece["annotations"] == [] and piece["logprobs"] == []
+                found["text"] += piece["text"]
+        elif one["type"] == "reasoning":
+            text = "".join(piece["text"] for piece in one["summary"])
+            assert {piece["type"] for piece in one["summary"]} == {"summary_text"} and one["encrypted_content"] == text
+            found["thinking"] += text
+        else:
+            assert one["type"] == "function_call" and one["status"] == "completed" and one["id"] and one["call_id"]
+            found["calls"].append((one["name"], json.loads(one["arguments"])))
+    calls = [one["call_id"] for one in output if "call_id" in one]
+    assert len(set(calls)) == len(calls)
+    return found
+
+
+def read_response(value, status):
+    """What a response object says; it has all that the SDK's types demand."""
+    assert (value["object"], value["status"]) == ("response", status) and re.fullmatch("resp_[0-9a-zA-Z]{10,}",
+        value["id"])
+    for key in ("created_at", "model", "parallel_tool_calls", "tool_choice", "tools", "metadata", "temperature",
+                "top_p", "instructions"):
+        assert key in value, key
+    assert value["previous_response_id"] is None and (value["error"] is None) == (status != "failed")
+    assert value["incomplete_details"] == ({"reason": "max_output_tokens"} if status == "incomplete" else None)
+    if status in ("completed", "incomplete"):
+        told = value["usage"]
+        check_usage(told, "input_tokens", "output_tokens", "total_tokens")
+        assert told["total_tokens"] == told["input_tokens"] + told["output_tokens"]
+        assert 0 <= told["input_tokens_details"]["cached_tokens"] <= told["input_tokens"]
+        assert 0 <= told["output_tokens_details"]["reasoning_tokens"] <= told["output_tokens"]
+    return speech(ending="" if status in ("in_progress", "failed") else status, **read_items(value["output"]))
+
+
+OPENS = {"response.output_text": "response.content_part",
+         "response.reasoning_summary_text": "response.reasoning_summary_part"}
+
+
+def read_response_stream(events):
+    """What the events of /v1/responses say: each item is done before the next opens, the numbers have no gaps."""
+    names = [name for name, _ in events]
+    assert [value["sequence_number"] for _, value in events] == list(range(len(events)))
+    assert names[:2] == ["response.created", "response.in_progress"]
+    assert all(read_response(value["response"], "in_progress") == speech() for _, value in events[:2])
+    identity, items, parts, text, whole_text = events[0][1]["response"]["id"], [], [], None, None
+    opened = None
+    for name, value in events[2:-1]:
+        stem, _, act = name.rpartition(".")
+        assert name not in ("response.completed", "response.failed", "response.incomplete", "response.created")
+        assert value["output_index"] == len(items)
+        if name == "response.output_item.added":
+            assert opened is None
+            opened, parts, text, whole_text = value["item"], [], None, None
+            assert opened["status"] == "in_progress" if opened["type"] != "reasoning" else opened["summary"] == []
+            assert not (opened.get("content") or opened.get("arguments") or opened.get("input"))
+            continue
+        if name == "response.output_item.done":
+            one = value["item"]
+            assert (one["id"], one["type"]) == (opened["id"], opened["type"]) and whole_text is not None
+            told = one.get("content") or one.get("summary") or [{"text": one.get("arguments", one.get("input"))}]
+            assert [piece["text"] for piece in told] == [whole_text]
+            items.append(one)
+            opened = None
+            continue
+        assert opened is not None and value["item_id"] == opened["id"], name
+        if opened["type"] in ("message", "reasoning"):
+            assert value["content_index" if opened["type"] == "message" else "summary_index"] == 0
+        if stem in OPENS.values():
+            assert value["part"]["text"] == ("" if act == "added" else whole_text)
+            assert parts == ([] if act == "added" else ["added"])
+            parts.append(act)
+        elif act == "delta":
+            assert value["delta"] and parts == (["added"] if stem in OPENS else []) and whole_text is None
+            text = (text or "") + value["delta"]
+        else:
+            assert act == "done" and parts == (["added"] if stem in OPENS else []) and text is not None
+            whole_text = value.get("text", value.get("arguments", value.get("input")))
+            assert whole_text == text
+    name, last = events[-1]
+    status = last["response"]["status"]
+    assert name == f"response.{status}" and last["response"]["id"] == identity
+    if status == "failed":
+        error = last["response"]["error"]
+        assert last["response"]["output"] == items
+        assert set(error) == {"code", "message"} and error["message"]
+        found = read_items(items)
+        if opened is not None and text is not None:         # what had begun when it broke
+            found["thinking" if opened["type"] == "reasoning" else "text"] += text
+        return speech(error=error["message"], **found)
+    assert opened is None and last["response"]["output"] == items and status in ("completed", "incomplete")
+    return read_response(last["response"], status)
+
+
+READERS = {"/v1/messages": read_message_stream, "/v1/responses": read_response_stream}
+ENCODERS = {"/v1/messages": proxy_module.AnthropicEncoder, "/v1/responses": proxy_module.ResponsesEncoder}
+ENDINGS = {"/v1/messages": {"stop": "end_turn", "length": "max_tokens"},
+           "/v1/responses": {"stop": "completed", "length": "incomplete"}}
+
+
+def read_whole(path, data):
+    """What an answer that is no stream says."""
+    value = json.loads(data)
+    return read_message(value) if path == "/v1/messages" else read_response(value, value["status"])
+
+
+def heard(path, data, stream):
+    """What an answer says."""
+    return READERS[path](events_of(data)) if stream else read_whole(path, data)
+
+
+def wanted_of(path, lines):
+    """What the Ollama lines that a sample expects mean on another face."""
+    lines = json.loads(lines)
+    messages = [line.get("message", line) for line in lines]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for message in messages
+             for call in message.get("tool_calls", ())]
+    thinking = "".join(message.get("thinking", "") for message in messages)
+    text = "".join(message.get("content", message.get("response", "")) for message in messages)
+    if "error" in lines[-1]:
+        return speech(thinking, text, calls, error=lines[-1]["error"])
+    ending = ENDINGS[path].get(lines[-1]["done_reason"], ENDINGS[path]["stop"])
+    if path == "/v1/messages" and calls and ending == "end_turn":
+        ending = "tool_use"
+    return speech(thinking, text, calls, ending)
+
+
+def some_splits(data):
+    """Whole, byte by byte, and at random places with a seed."""
+    found = splits(data)
+    return [next(found), next(found), *list(found)[-5:]]
+
+
+@cases("name, how, data, lines", STREAMS, ids=[row[0] for row in STREAMS])
+def test_every_printed_stream_is_told_to_agents(name, how, data, lines):
+    for path in AGENT_FACES:
+        call, wanted = chat_call(how), wanted_of(path, lines)
+        for pieces in some_splits(data):
+            out = translated(pieces, how, encoder=ENCODERS[path](call, StillClock, 1, 2))
+            if out.startswith(b'{"error"'):     # before the first event: a status of its own
+                assert wanted == speech(error=json.loads(out)["error"])
+            else:
+                assert READERS[path](events_of(out)) == wanted
+        decoder = OpenAIDecoder(call)
+        whole_answer = Translation(decoder, ENCODERS[path](call, StillClock, 1, 2), steps_of(call, decoder))
+        if wanted.error is None:
+            assert read_whole(path, whole_answer.whole(data)) == wanted
+        else:
+            with pytest.raises(proxy_module.ProxyError) as caught:
+                whole_answer.whole(data)
+            assert caught.value.message == wanted.error
+
+
+@cases("path", AGENT_FACES)
+def test_replies_that_nobody_would_write_keep_the_order_of_events(path):
+    chance = random.Random(11)
+    for _ in range(300):
+        call, events = chat_call(), random_events(chance)
+        if chance.random() < 0.3:               # as a native Ollama sends them: one by one, with text behind
+            late = [ToolCalls((ToolCall(f"late{at}", "f", {"at": at}),)) for at in range(2)]
+            events[-1:-1] = late + [TextDelta("behind")]
+        cut = chance.random() < 0.2
+        if cut:
+            events[chance.randint(1, len(events) - 1):] = [proxy_module.Failure(BadRequest("broke", 502))]
+        encoder = ENCODERS[path](call, StillClock, 1, 2)
+        found = READERS[path](events_of(b"".join(map(encoder.encode, events))))
+        thinking, text = ("".join(event.text for event in events if isinstance(event, kind))
+                          for kind in (ThinkingDelta, TextDelta))
+        calls = [(call.name, call.arguments) for event in events if isinstance(event, ToolCalls)
+                 for call in event.calls]
+        assert (found.thinking, found.text, found.calls) == (thinking.strip(), text, calls)
+        assert found.error == ("broke" if cut else None) and bool(found.ending) != cut
+        if not cut:
+            assert read_whole(path, ENCODERS[path](call, StillClock, 1, 2).fold(events)) == found
+
+
+BLOCK = "content_block_start", "content_block_delta", "content_block_stop"
+CALL = "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"
+THOUGHT = [f"reasoning_summary_{name}" for name in ("part.added", "text.delta", "text.delta", "text.done", "part.done")]
+TEXT = "content_part.added", "output_text.delta", "output_text.delta", "output_text.done", "content_part.done"
+# What HEARD makes of itself.
+EVENTS = {
+    "/v1/messages": ["message_start", *(BLOCK[0], BLOCK[1], *BLOCK[1:]) * 2, *BLOCK * 2, "message_delta",
+                     "message_stop"],
+    "/v1/responses": ["response." + name for name in (
+        "created", "in_progress", CALL[0], *THOUGHT, CALL[-1], CALL[0], *TEXT, CALL[-1], *CALL * 2, "completed")]}
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_the_order_of_events_is_exact_and_a_whole_answer_says_the_same(agents, path, kind):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    body, identities = {**PLAIN[path], **(CLAUDE_TOOLS if path == "/v1/messages" else CODEX_TOOLS)}, set()
+    for _ in range(2):
+        answer = proxy.post(path, {**body, "stream": True})
+        assert answer.status == 200 and answer.headers["Content-Type"] == "text/event-stream"
+        events = events_of(answer.data)
+        assert [name for name, _ in events] == EVENTS[path]
+        found = READERS[path](events)
+        ending = "tool_use" if path == "/v1/messages" else "completed"
+        assert found == speech("hm", "Hello", [("f", {"x": 1}), ("g", {})], ending)
+        one = proxy.post(path, body)
+        assert one.headers["Content-Type"] == "application/json" and read_whole(path, one.data) == found
+        first = events[0][1].get("message") or events[0][1]["response"]
+        identities |= {first["id"], json.loads(one.data)["id"]}
+        told = json.loads(one.data)["usage"], (events[-2][1]["usage"] if path == "/v1/messages"
+                                               else events[-1][1]["response"]["usage"])
+        assert [(use["input_tokens"], use["output_tokens"]) for use in told] == [(7, 9), (7, 9)]
+        assert first["model"] == json.loads(one.data)["model"] == MODEL
+        if path == "/v1/responses":             # its items have ids of their own, the calls their target's
+            items = [value["item"] for name, value in events if name == "response.output_item.done"]
+            assert not identities & {one["id"] for one in items}
+            identities |= {one["id"] for one in items}
+            assert [one["call_id"] for one in items if "call_id" in one] == ["c1", "c2"]
+    assert len(identities) == (4 if path == "/v1/messages" else 12)
+
+
+@cases("stream", [True, False])
+@cases("kind", TARGET_KINDS)
+@cases("path, ending", [("/v1/messages", "max_tokens"), ("/v1/responses", "incomplete")])
+def test_an_answer_that_was_cut_for_its_length_says_so(agents, kind, path, ending, stream):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+    assert heard(path, data, stream) == speech(text="Hel", ending=ending)
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_an_answer_that_says_nothing_is_still_a_whole_one(agents, kind, path):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", ""))
+    for stream in (True, False):
+        data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+        found = heard(path, data, stream)
+        assert found == speech(ending=ENDINGS[path]["stop"])
+
+
+@cases("path", AGENT_FACES)
+def test_a_count_that_the_target_never_gave_is_an_estimate(path):
+    call, reply = chat_call(), [ToolCalls((ToolCall("c1", "f", {"x": "y" * 100}),)), Finish("stop", Usage())]
+    encoder = ENCODERS[path](call, StillClock, 1, 2)
+    last = events_of(b"".join(map(encoder.encode, reply)))[-2 if path == "/v1/messages" else -1][1]
+    one = json.loads(ENCODERS[path](call, StillClock, 1, 2).fold(reply))
+    for told in (last.get("response", last)["usage"], one["usage"]):
+        assert told["input_tokens"] >= 1 and told["output_tokens"] >= 1, told
+
+
+@cases("kind", TARGET_KINDS)
+def test_calls_go_back_under_the_names_that_codex_knows(agents, kind):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(
+        kind, ("call", "c1", "agents__f", {"x": 1}), ("call", "c2", "apply_patch", {"input": "*** Begin \"x\"\n"}),
+        ("call", "c3", "f", {}))
+    body = {**PLAIN["/v1/responses"], "tools": [SPAWN, PATCH, *CODEX_TOOLS["tools"]]}
+    events = events_of(proxy.post("/v1/responses", {**body, "stream": True}).data)
+    items = [value["item"] for name, value in events if name == "response.output_item.done"]
+    assert [{key: value for key, value in one.items() if key != "id"} for one in items] == [
+        {"type": "function_call", "name": "f", "namespace": "agents", "call_id": "c1", "status": "completed",
+         "arguments": '{"x":1}'},
+        {"type": "custom_tool_call", "name": "apply_patch", "call_id": "c2", "status": "completed",
+         "input": '*** Begin "x"\n'},
+        {"type": "function_call", "name": "f", "call_id": "c3", "status": "completed", "arguments": "{}"}]
+    names = [name for name, value in events if value.get("item_id") == items[1]["id"]]
+    assert names == ["response.custom_tool_call_input.delta", "response.custom_tool_call_input.done"]
+    assert events[-1][1]["response"]["output"] == items
+    one = json.loads(proxy.post("/v1/responses", body).data)["output"]
+    assert [{**item, "id": ""} for item in one] == [{**item, "id": ""} for item in items]
+    # What came out goes in again, as Codex sends it.
+    named = [("c1", "agents__f"), ("c2", "apply_patch"), ("c3", "f")]
+    results = [{"type": one["type"] + "_output", "call_id": one["call_id"], "output": one["call_id"]} for one in items]
+    proxy.post("/v1/responses", {**body, "input": [message("user", "hi"), *items, *results]})
+    sent = last_sent(target, kind)
+    assert sent["messages"] == turns(kind, HI, turn("assistant", "", ("c1", "agents__f", {"x": 1}), (
+        "c2", "apply_patch", {"input": "*** Begin \"x\"\n"}), ("c3", "f", {})), *(
+            output_turn(ident, id=ident, name=name) for ident, name in named))
+
+
+@cases("arguments", [{"patch": "*** Begin"}, {"input": ["*** Begin"]}, {"input": {"patch": "*** Begin"}}])
+def test_what_a_model_writes_for_a_custom_tool_is_not_lost(agents, arguments):
+    proxy, target = agents["openai"]
+    target.answers["/v1/chat/completions"] = speaking("openai", ("call", "c1", "apply_patch", arguments))
+    value = json.loads(proxy.post("/v1/responses", {**PLAIN["/v1/responses"], "tools": [PATCH]}).data)["output"][0]
+    assert value["type"] == "custom_tool_call" and "*** Begin" in value["input"]
+
+
+def broken(kind, error=None):
+    """A stream that thinks and speaks, and then breaks, or brings an error."""
+    head = stream_head("text/event-stream" if kind == "openai" else "application/x-ndjson")
+    begun = [delta(reasoning_content="hm"), delta("Hel")] if kind == "openai" else [
+        {"message": {"role": "assistant", "content": "", "thinking": "hm"}, "done": False},
+        {"message": {"role": "assistant", "content": "Hel"}, "done": False}]
+    frames = begun + [{"error": error}] * (error is not None)
+    data = sse(*frames, done=False) if kind == "openai" else ndjson(*frames)
+    return cut(head, chunk(data) + b"0\r\n\r\n" * (error is not None))
+
+
+@cases("error", [None, "boom"])
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_a_broken_stream_never_looks_finished_to_an_agent(agents, kind, path, error):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = broken(kind, error)
+    found = READERS[path](events_of(proxy.post(path, {**PLAIN[path], "stream": True}).data))
+    assert (found.thinking, found.text, found.ending) == ("hm", "Hel", "") and (error or "upstream") in found.error
+    answer = proxy.post(path, {**PLAIN[path], "stream": False})
+    check_agent_error(path, answer, 502, "api_error", error or "upstream")
+
+
+@cases("name, script", CUTS, ids=[row[0] for row in CUTS])
+@cases("path", AGENT_FACES)
+def test_a_stream_that_is_cut_ends_in_an_error_event(agents, path, name, script):
+    proxy, target = agents["openai"]
+    target.answers["/v1/chat/completions"] = script
+    found = READERS[path](events_of(proxy.post(path, {**PLAIN[path], "stream": True}).data))
+    assert found.text == "Hel" and not found.ending and "upstream" in found.error
+
+
+# (what the target says in its stream, type for /v1/messages, code for /v1/responses)
+FAILURES = [
+    ("boom", "api_error", "server_error"),
+    ({"message": "no", "code": 400}, "invalid_request_error", "invalid_prompt"),
+    ({"message": "no", "code": 422}, "invalid_request_error", "invalid_prompt"),
+    ({"message": "no key", "code": 401}, "authentication_error", "invalid_prompt"),
+    ({"message": "no", "code": 403}, "permission_error", "invalid_prompt"),
+    ({"message": "no such model", "code": 404}, "not_found_error", "invalid_prompt"),
+    ({"message": "too large", "code": 413}, "request_too_large", "invalid_prompt"),
+    ({"message": "pay", "code": 402}, "invalid_request_error", "insufficient_quota"),
+    ({"message": "slow down", "code": 429}, "rate_limit_error", "rate_limit_exceeded"),
+    ({"message": "oops", "code": 500}, "api_error", "server_error"),
+    ({"message": "busy", "code": 503}, "overloaded_error", "server_is_overloaded"),
+    ({"message": "busy", "code": 529}, "overloaded_error", "server_is_overloaded"),
+    ({"message": "bad gateway", "code": 502}, "api_error", "server_error"),
+    ({"message": "This model's maximum context length is 100 tokens", "code": 400}, "invalid_request_error",
+     "context_length_exceeded"),
+    ({"message": "the request exceeds the available context size", "code": 400}, "invalid_request_error",
+     "context_length_exceeded"),
+    ({"message": "Context size has been exceeded.", "code": 500}, "api_error", "context_length_exceeded"),
+    (TOO_LONG, "api_error", "context_length_exceeded"),
+]
+
+
+@cases("error, kind, code", FAILURES, ids=[str(row[0])[:80] for row in FAILURES])
+def test_a_failure_in_mid_stream_has_the_code_that_agents_act_on(error, kind, code):
+    call, data = chat_call(), sse(delta("Hel"), {"error": error}, done=False)
+    name, value = events_of(translated([data], encoder=proxy_module.AnthropicEncoder(call, StillClock, 1, 2)))[-1]
+    assert (name, value["error"]["type"]) == ("error", kind)
+    name, value = events_of(translated([data], encoder=proxy_module.ResponsesEncoder(call, StillClock, 1, 2)))[-1]
+    assert (name, value["response"]["error"]["code"]) == ("response.failed", code)
+
+
+STATUSES = [(400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
+            (404, "not_found_error"), (422, "invalid_request_error"),
+            (429, "rate_limit_error"), (500, "api_error"), (503, "overloaded_error"), (529, "overloaded_error")]
+
+
+@cases("status, kind", STATUSES)
+@cases("target_kind", TARGET_KINDS)
+def test_a_refusal_of_the_target_keeps_its_status_and_says_whether_to_try_again(agents, target_kind, status, kind):
+    proxy, target = agents[target_kind]
+    error = {"message": "it said no"} if target_kind == "openai" else "it said no"
+    target.answers[CHAT_PATH[target_kind]] = http_answer({"error": error}, status, "application/json", "Retry-After: 7")
+    for path, stream in itertools.product(AGENT_FACES, (True, False)):
+        answer = proxy.post(path, {**PLAIN[path], "stream": stream})
+        check_agent_error(path, answer, status, kind, "it said no")
+        assert answer.headers.get("Retry-After") == ("7" if status in (429, 503) else None)
+
+
+@cases("script", [silent_mid_stream, silent])
+@cases("path", AGENT_FACES)
+def test_an_agent_that_leaves_frees_the_target(start, target, path, script):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = script
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", path, {**PLAIN[path], "stream": True}))
+        target.wait_for("/v1/chat/completions")
+        if script is silent_mid_stream:
+            read_until(sock, b"delta")
+    assert target.peer_closed.wait(PATIENCE)
+
+
+# -- relay first, translate when needed
+
+
+ROUTED = [*AGENT_FACES, "/v1/messages/count_tokens"]
+
+
+def asking(path):
+    """A plain request for one of these routes."""
+    return PLAIN.get(path, PLAIN["/v1/messages"])
+
+
+def pair(start, target, kind, *argv):
+    """A proxy that asks its target for the routes of agents first."""
+    path, listed = LIST_PATH[kind]
+    target.answers = {path: listed, CHAT_PATH[kind]: speaking(kind, ("text", "Hello"))}
+    return start("--target-api", kind, *argv)
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", ROUTED)
+def test_a_target_that_speaks_the_route_gets_the_bytes(start, target, path, kind):
+    proxy = pair(start, target, kind)
+    odd = b"event: odd\ndata:{\"x\" :1}\r\n\r\n: comment\n\n"
+    target.answers[path] = http_stream(odd)
+    headers = {"Content-Type": "application/json", "anthropic-version": "2023-06-01", "anthropic-beta": "a,b",
+               "x-api-key": "mine"}
+    for name in (MODEL, MODEL.upper(), MODEL + ":latest"):
+        body = b'{ "messages" : [{"content": "the \\"model\\" is 1.0"}],\n "temperature": 0.10, ' \
+            b'"previous_response_id": "r", "model" : "%b" }' % name.encode()
+        answer = proxy.post(path + "?beta=true", body, headers)
+        assert answer.status == 200 and answer.data == odd and answer.headers["Content-Type"] == "text/event-stream"
+        sent = target.calls(path)[-1]
+        assert sent.path == path + "?beta=true" and sent.data == body.replace(name.encode(), MODEL.encode())
+        assert (sent.headers["anthropic-version"], sent.headers["anthropic-beta"]) == ("2023-06-01", "a,b")
+        assert "x-api-key" not in sent.headers
+    assert not target.calls(CHAT_PATH[kind])
+
+
+LACKING = [
+    ("Ollama of last year", http_answer(b"404 page not found", 404, "text/plain")),
+    ("FastAPI", http_answer({"detail": "Not Found"}, 404)),
+    ("FastAPI, another method", http_answer({"detail": "Method Not Allowed"}, 405)),
+    ("not implemented", http_answer({"error": {"message": "Not implemented"}}, 501)),
+    ("no text at all", http_answer(b"", 404)), ("no text at all, 405", http_answer(b"", 405)),
+    ("a page", http_answer(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>nginx</body></html>",
+                           404, "text/html")),
+    ("OpenAI's words", http_answer({"error": {"message": "Invalid URL (POST /v1/messages)",
+                                              "type": "invalid_request_error", "param": None, "code": None}}, 404)),
+    ("Groq's words", http_answer({"error": {
+        "message": "Unknown request URL: POST /openai/v1/messages. Please check the URL for typos, or see the docs at "
+                   "https://console.groq.com/docs/", "type": "invalid_request_error", "code": "unknown_url"}}, 404)),
+    ("Kong", http_answer({"message": "no Route matched with those values"}, 404)),
+    ("LM Studio", http_answer({"error": "Unexpected endpoint or method. (POST /v1/messages)"})),
+]
+
+
+@cases("name, answer", LACKING, ids=[row[0] for row in LACKING])
+def test_a_target_that_lacks_the_route_is_translated_for_and_not_asked_again(start, target, name, answer):
+    for first in (True, False):
+        proxy = pair(start, target, "openai")
+        target.answers.update(dict.fromkeys(AGENT_FACES, answer))
+        for path in AGENT_FACES:
+            before, asked_before = len(target.calls("/v1/chat/completions")), len(target.calls(path))
+            for count, stream in enumerate((first, not first), 1):
+                data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+                assert heard(path, data, stream).text == "Hello"
+                assert len(target.calls("/v1/chat/completions")) == before + count
+                assert len(target.calls(path)) == asked_before + 1
+
+
+@cases("kind", TARGET_KINDS)
+def test_each_route_is_asked_for_by_itself_and_again_after_a_while(start, target, kind, later):
+    proxy = pair(start, target, kind)
+    target.answers["/v1/responses"] = http_answer({"relayed": True})
+    for path in ROUTED * 2:
+        assert proxy.post(path, asking(path)).status == 200
+    assert [len(target.calls(path)) for path in ROUTED] == [1, 2, 1] and len(target.calls(CHAT_PATH[kind])) == 2
+    target.answers["/v1/messages"] = http_answer({"relayed": True})
+    later(24 * 3600)
+    assert json.loads(proxy.post("/v1/messages", PLAIN["/v1/messages"]).data) == {"relayed": True}
+
+
+RELAYED_ERRORS = [
+    (404, {"type": "error", "error": {"type": "not_found_error", "message": "model 'qwen3:8b' not found"}}),
+    (404, {"error": "model \"qwen3:8b\" not found, try pulling it first"}),
+    (404, {"error": {"message": "The model `qwen3:8b` does not exist or you do not have access to it.",
+                     "code": "model_not_found"}}),
+    (404, {"detail": "Model qwen3:8b is not served here"}), (400, {"error": {"message": "max_tokens is too large"}}),
+    (401, {"error": {"message": "no key"}}),
+    (429, {"error": {"message": "slow down"}}), (500, {"error": {"message": "oops"}}),
+    (200, {"id": "msg_1", "content": [{"type": "text", "text": "Unexpected endpoint or method?"}]}),
+]
+
+
+@cases("status, error", RELAYED_ERRORS, ids=[f"{status} {str(error)[:60]}" for status, error in RELAYED_ERRORS])
+def test_other_answers_are_relayed_and_mean_nothing_for_the_route(start, target, status, error):
+    proxy = pair(start, target, "openai")
+    target.answers.update(dict.fromkeys(ROUTED, http_answer(error, status)))
+    for path, count in itertools.product(ROUTED, (1, 2)):
+        answer = proxy.post(path, asking(path))
+        assert answer.status == status and json.loads(answer.data) == error and len(target.calls(path)) == count
+        assert not target.calls("/v1/chat/completions")
+
+
+@cases("path", ROUTED)
+def test_translate_never_and_always(start, target, path):
+    body, missing = asking(path), http_answer({"detail": "Not Found"}, 404)
+    proxy = pair(start, target, "openai", "--translate", "never")
+    target.answers[path] = missing
+    for count in (1, 2):
+        answer = proxy.post(path, body)
+        assert answer.status == 404 and json.loads(answer.data) == {"detail": "Not Found"}
+        assert len(target.calls(path)) == count
+    target.answers[path] = http_answer({"relayed": True})
+    proxy = start("--target-api", "openai", "--translate", "always")
+    assert "relayed" not in json.loads(proxy.post(path, body).data) and len(target.calls(path)) == 2
+
+
+@cases("path", AGENT_FACES)
+def test_a_relayed_stream_that_breaks_is_cut_for_the_agent(start, target, path):
+    proxy = pair(start, target, "openai")
+    target.answers[path] = cut(stream_head(), chunk(b"event: message_start\ndata: {}\n\n"))
+    request = http_request("POST", path, {**PLAIN[path], "stream": True}, "Connection: close")
+    head, _, body = proxy.raw(request).partition(b"\r\n\r\n")
+    assert b" 200 " in head and b"message_start" in body and not body.endswith(b"0\r\n\r\n") and b"[DONE]" not in body
+
+
+@cases("how", ["auto", "always"])
+@cases("path", ROUTED)
+def test_a_packed_request_is_unpacked_or_refused_for_what_it_is(start, target, path, how):
+    proxy, body = pair(start, target, "openai", "--translate", how), asking(path)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert proxy.post(path, gzip.compress(json.dumps(body).encode()), headers).status == 200
+    headers["Content-Encoding"] = "compress"
+    answer, other = proxy.post(path, b"\x1f\x9d\x90", headers), proxy.post("/api/chat", b"\x1f\x9d\x90", headers)
+    check_agent_error(path, answer, other.status, "invalid_request_error",
+                      re.escape(json.loads(other.data)["error"]))
+
+
+# -- names, keys, settings
+
+
+def test_the_small_requests_of_agents(start, target):
+    proxy = pair(start, target, "openai", "--client-key", "inbound-key-1")
+    answer = proxy.call("HEAD", "/")
+    assert answer.status == 200 and answer.data == b""
+    assert proxy.get("/v1/models?limit=1000", {"x-api-key": "inbound-key-1"}) == LIST
+
+
+@cases("path", ROUTED)
+def test_the_inbound_key_of_agents(start, target, path):
+    body = asking(path)
+    proxy = pair(start, target, "openai", "--client-key", "inbound-key-1", "--api-key", "sk-target-key-1")
+    for headers in ({}, {"x-api-key": "wrong"}, {"Authorization": "Bearer wrong"}, {"Authorization": "inbound-key-1"}):
+        answer = proxy.post(path, body, headers)
+        check_agent_error(path, answer, 401, "authentication_error", "key")
+    assert not target.received
+    for headers in ({"x-api-key": "inbound-key-1"}, {"Authorization": "Bearer inbound-key-1"}):
+        assert proxy.post(path, body, headers).status == 200
+    assert not [request for request in target.received if "inbound-key-1" in str(request.headers)]
+    assert {request.headers["authorization"] for request in target.received} == {"Bearer sk-target-key-1"}
+
+
+@cases("path", ROUTED)
+@cases("upgrade", ["websocket", "WebSocket"])
+def test_an_upgrade_to_a_websocket_is_answered_426(agents, path, upgrade):
+    headers = {"Connection": "Upgrade", "Upgrade": upgrade, "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
+    answer = agents["openai"][0].call("GET", path, None, headers)
+    check_agent_error(path, answer, 426, "invalid_request_error", "HTTP")
+
+
+@cases("path", ROUTED)
+def test_other_methods_are_not_allowed_on_the_routes_of_agents(agents, path):
+    answer = agents["openai"][0].call("GET", path)
+    assert answer.status == 405 and "POST" in answer.headers["Allow"]
+    check_agent_error(path, answer, 405, "invalid_request_error", "method")
+
+
+@cases("how", ["auto", "always"])
+@cases("kind", TARGET_KINDS)
+def test_an_alias_with_a_star_serves_all_claudes(start, target, kind, how):
+    proxy = pair(start, target, kind, "--alias", f"claude-*={MODEL}", "--translate", how)
+    for name, path in itertools.product(("claude-opus-4-8", "claude-haiku-4-5-20251001"), AGENT_FACES):
+        answer = proxy.post(path, {**PLAIN[path], "model": name})
+        assert answer.status == 200 and json.loads(answer.data)["model"] == name, answer.data
+        assert last_sent(target, kind)["model"] == MODEL
+        if how == "auto":
+            assert target.calls(path)[-1].json["model"] == MODEL
+    assert not [name for name in names_of(proxy) if "claude" in name or "*" in name]
+
+
+@cases("path", AGENT_FACES)
+def test_a_hidden_model_is_a_missing_one_for_agents(start, target, path, tmp_path):
+    (tmp_path / "filter").write_text("m\n")
+    proxy = pair(start, target, "openai", "--models-filter", str(tmp_path / "filter"))
+    check_agent_error(path, proxy.post(path, PLAIN[path]), 404, "not_found_error", f"model '{MODEL}' not found")
+    assert proxy.post(path, {**PLAIN[path], "model": "m"}).status == 200
+
+
+def test_capabilities_are_corrected_by_set(start, target):
+    sets = "--set", "m:capabilities=vision,-tools", "--set", "qwen*:capabilities=thinking"
+    proxy = pair(start, target, "openai", *sets)
+    wanted = {"m": ["completion", "vision"], MODEL: ["completion", "tools", "thinking"],
+              "vendor/big:free": ["completion", "tools"]}
+    listed = {entry["name"].replace(":latest", ""): entry["capabilities"] for entry in proxy.get("/api/tags")["models"]}
+    for name, capabilities in wanted.items():
+        assert listed[name] == capabilities
+        assert json.loads(proxy.post("/api/show", {"model": name}).data)["capabilities"] == capabilities
+
+
+@cases("kind", TARGET_KINDS)
+@cases("path", AGENT_FACES)
+def test_settings_fill_in_what_agents_do_not_say(start, target, kind, path):
+    proxy = translating(start, target, kind, "--set", f"{MODEL}:temperature=0.5,seed=7,think=low")
+    proxy.post(path, PLAIN[path])
+    beside = {"max_tokens": 50} if path == "/v1/messages" else {}
+    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.5, seed=7, think="low", **beside)
+    quiet = {"thinking": {"type": "disabled"}} if path == "/v1/messages" else {"reasoning": {"effort": "none"}}
+    proxy.post(path, {**PLAIN[path], "temperature": 0.1, **quiet})
+    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.1, seed=7, think=False, **beside)
+
+
+@cases("mode, thinking, text", [("separate", "hm", "Hello"), ("drop", "", "Hello"),
+                                ("merge", "", "<think>\nhm\n</think>\n\nHello")])
+@cases("path", AGENT_FACES)
+def test_reasoning_goes_where_the_flag_says(start, target, path, mode, thinking, text):
+    proxy = translating(start, target, "openai", "--reasoning", mode)
+    target.answers["/v1/chat/completions"] = speaking("openai", ("thinking", "hm"), ("text", "Hello"))
+    for stream in (True, False):
+        data = proxy.post(path, {**PLAIN[path], "stream": stream}).data
+        found = heard(path, data, stream)
+        assert (found.thinking, found.text) == (thinking, text)
+
+
+@cases("stops, wanted", [(["STOP"], ("end_turn", None)), (["a", "b", "c", "d", "STOP"], ("stop_sequence", "STOP"))])
+@cases("stream", [True, False])
+def test_a_stop_sequence_is_told_where_it_is_known(start, target, stops, wanted, stream):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = speaking("openai", *[("text", text) for text in (
+        ("Hel", "lo ST", "OP never") if len(stops) > 4 else ("Hel", "lo "))])
+    data = proxy.post("/v1/messages", {**PLAIN["/v1/messages"], "stop_sequences": stops, "stream": stream}).data
+    found = read_message_stream(events_of(data)) if stream else read_message(json.loads(data))
+    told = events_of(data)[-2][1]["delta"] if stream else json.loads(data)
+    assert found.text == "Hello " and (told["stop_reason"], told["stop_sequence"]) == wanted
+
+
+# (what the target says, what it said no to, the field that reaches it then)
+AGENTS_HEALED = [
+    ("a range", "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 400, {"max_tokens": 8192}),
+    ("a maximum", "max_tokens is too large: 32000. This model supports at most 16384 completion tokens", 400,
+     {"max_tokens": 16384}),
+    ("a context", "This model's maximum context length is 16384 tokens. However, you requested 32010 tokens", 400,
+     {"max_tokens": None}),
+    ("another name",
+     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", 400,
+     {"max_tokens": None, "max_completion_tokens": 32000}),
+    ("effort", "unknown field reasoning_effort", 400, {"max_tokens": 32000, "reasoning_effort": None}),
+]
+
+
+@cases("name, error, status, wanted", AGENTS_HEALED, ids=[row[0] for row in AGENTS_HEALED])
+@cases("path", AGENT_FACES)
+def test_what_a_small_server_refuses_is_healed_for_agents(start, target, path, name, error, status, wanted):
+    proxy = translating(start, target, "openai")
+    target.answers["/v1/chat/completions"] = [http_answer({"error": {"message": error}}, status),
+                                              spoken("openai", True, ("text", "Hello"))]
+    many = {"max_tokens": 32000, "output_config": {"effort": "high"}} if path == "/v1/messages" else {
+        "max_output_tokens": 32000, "reasoning": {"effort": "high"}}
+    assert READERS[path](events_of(proxy.post(path, {**PLAIN[path], **many, "stream": True}).data)).text == "Hello"
+    first, second = target.calls("/v1/chat/completions")
+    assert first.json["max_tokens"] == 32000
+    assert {key: second.json.get(key) for key in wanted} == wanted and second.json["messages"] == first.json["messages"]
+
+
+@cases("path", AGENT_FACES)
+def test_a_native_model_that_cannot_think_is_asked_without_it(start, target, path):
+    proxy = translating(start, target, "ollama")
+    target.answers["/api/chat"] = [http_answer({"error": f'"{MODEL}" does not support thinking'}, 400),
+                                   spoken("ollama", False, ("text", "Hello"))]
+    asking = {"thinking": {"type": "enabled", "budget_tokens": 31999}} if path == "/v1/messages" else {
+        "reasoning": {"effort": "high"}}
+    assert read_whole(path, proxy.post(path, {**PLAIN[path], **asking}).data).text == "Hello"
+    assert [request.json.get("think") for request in target.calls("/api/chat")] == ["high", None]
+
+
+@cases("status", [401, 403])
+@cases("how", ["auto", "always"])
+@cases("path", AGENT_FACES)
+def test_a_refused_key_of_ours_is_nothing_to_try_again(start, target, path, how, status):
+    proxy = pair(start, target, "openai", "--translate", how, "--api-key", "sk-target-key-1")
+    target.answers[path] = target.answers["/v1/chat/completions"] = http_answer(
+        {"error": {"message": "Incorrect API key"}}, status)
+    answer = proxy.post(path, PLAIN[path])
+    assert answer.status in (status, 502) and answer.headers.get("x-should-retry") == "false"
+    assert "Incorrect API key" in json.loads(answer.data)["error"]["message"]
+
+
+@cases("path", AGENT_FACES)
+def test_a_relayed_404_is_nothing_to_try_again(start, target, path):
+    proxy = pair(start, target, "openai")
+    target.answers[path] = http_answer({"error": {"message": "model 'x' not found"}}, 404)
+    answer = proxy.post(path, PLAIN[path])
+    assert answer.status == 404 and answer.headers.get("x-should-retry") == "false"
+
+
+def test_a_target_that_is_down_is_worth_another_try(start, target):
+    proxy = translating(start, target, "openai")
+    target.close()
+    for path in AGENT_FACES:
+        check_agent_error(path, proxy.post(path, PLAIN[path]), 502, "api_error", ".")
+
+
+# -- requests of the shapes that were recorded from Claude Code, Codex and Copilot CLI; a word for all that is kept
+
+
+CLAUDE_CODE = {
+    "model": MODEL, "max_tokens": 32000, "stream": True, "thinking": {"type": "adaptive"},
+    "metadata": {"user_id": "lost1"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+    "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=lost2;"},
+               {"type": "text", "text": "kept1", "cache_control": {"type": "ephemeral"}},
+               {"type": "text", "text": "kept2"}],
+    "tools": [{"name": "kept3", "description": "kept4", "input_schema": {
+        "$schema": "lost3", "type": "object", "additionalProperties": False, "required": ["kept5"],
+        "properties": {"kept5": {"type": "string", "description": "kept6"}}}}],
+    "messages": [
+        blocks("kept7", {"type": "text", "text": "kept8", "cache_control": {"type": "ephemeral"}}),
+        {"role": "system", "content": "kept9"},
+        blocks({"type": "thinking", "thinking": "thought1", "signature": ""}, "kept10",
+               use("kept11", "kept3", kept5="kept12", more="\u00e9 \U0001f999"),
+               use("kept13", "kept3", __unparsedToolInput={"raw": "kept14", "len": 3}), role="assistant"),
+        blocks(used("kept15", "kept13", is_error=True),
+               used([{"type": "text", "text": "kept16"}, PICTURE], "kept11", cache_control={"type": "ephemeral"})),
+        {"role": "assistant", "content": "kept17"}, {"role": "user", "content": "kept18"},
+        blocks(use("kept19", "kept3"), role="assistant"),
+        {"role": "user", "content": [{"tool_use_id": "kept19", "type": "tool_result", "content": "kept20",
+                                      "is_error": False}]}]}
+TITLE = {
+    "model": MODEL, "max_tokens": 32000, "stream": True, "tools": [],
+    "thinking": {"budget_tokens": 31999, "type": "enabled"},
+    "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {
+        "type": "object", "properties": {"kept1": {"type": "string"}}}}},
+    "system": [{"type": "text", "text": "kept2"}], "messages": [{"role": "user", "content": "kept3"}]}
+CODEX = {
+    "model": MODEL, "stream": True, "store": False, "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "lost1", "client_metadata": {"a": "lost2"},
+    "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "high", "summary": "auto"},
+    "text": {"verbosity": "low"}, "instructions": "kept1",
+    "tools": [{"type": "function", "name": "kept2", "description": "kept3", "strict": False,
+               "parameters": {"type": "object", "properties": {"kept4": {"type": "string"}}}},
+              {"type": "namespace", "name": "kept5", "description": "lost3", "tools": [
+                  {"type": "function", "name": "kept6", "description": "kept7", "strict": False,
+                   "parameters": {"type": "object", "properties": {}}}]},
+              {"type": "web_search", "external_web_access": True, "search_content_types": ["lost4"]},
+              {"type": "custom", "name": "kept8", "description": "kept9", "format": {
+                  "type": "grammar", "syntax": "lark", "definition": "kept10"}},
+              {"type": "tool_search", "execution": "lost5", "description": "lost6", "parameters": {"type": "object"}}],
+    "input": [message("developer", "kept11", "kept12"), message("user", "kept13"),
+              message("user", "kept14", INPUT_IMAGE), reasoned("thought1"),
+              called("kept15", "kept2", '{"kept4":"kept16"}'), called("kept17", "kept6", "{}", namespace="kept5"),
+              output("kept18", "kept17"),
+              output([{**INPUT_IMAGE}, {"type": "input_text", "text": "kept19"}], "kept15"),
+              reasoned(summary=[], content=[{"type": "reasoning_text", "text": "thought2"}]),
+              item("custom_tool_call", id="ctc_1", status="completed", call_id="kept20", name="kept8", input="kept21"),
+              item("custom_tool_call_output", id="ctco_1", call_id="kept20", output="kept22"),
+              message("assistant", {"type": "output_text", "text": "kept23", "annotations": []}, status="completed"),
+              {"type": "message", "role": "user", "content": [
+                  {"type": "input_text", "text": "kept24"}]}]}
+COMPACTION = {**CODEX, "tools": [], "parallel_tool_calls": False, "reasoning": {"summary": "auto"}}
+COPILOT = {
+    "model": MODEL, "max_tokens": 8192, "temperature": 0, "stream": True, "system": "kept1", "tools": [{
+        "name": "kept2", "description": "kept3",
+        "input_schema": {"type": "object", "properties": {"kept4": {"type": "string"}}}}],
+    "messages": [blocks("kept5"), blocks(use("kept6", "kept2", kept4="kept7"), role="assistant"),
+                 blocks(used("kept8", "kept6"))]}
+RECORDED = [("Claude Code", "/v1/messages", CLAUDE_CODE), ("Claude Code, a title", "/v1/messages", TITLE),
+            ("Codex", "/v1/responses", CODEX),
+            ("Codex, compaction", "/v1/responses", COMPACTION), ("Copilot CLI", "/v1/messages", COPILOT)]
+
+
+@cases("kind", TARGET_KINDS)
+@cases("name, path, body", RECORDED, ids=[row[0] for row in RECORDED])
+def test_nothing_is_lost_of_what_agents_really_send(agents, kind, name, path, body):
+    proxy, target = agents[kind]
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hello"))
+    query = "?beta=true" if path == "/v1/messages" else ""
+    assert READERS[path](events_of(proxy.post(path + query, body).data)).text == "Hello"
+    sent = last_sent(target, kind)
+    text, told = json.dumps(sent), json.dumps(body)
+    kept = set(re.findall("kept[0-9]+", told))
+    assert kept - set(re.findall("kept[0-9]+", text)) == set() and len(kept) > 2 and "lost" not in text
+    assert text.count(PNG) == told.count(PNG)
+    assert set(re.findall("thought[0-9]", text)) == (set(re.findall("thought[0-9]", told)) if kind == "ollama"
+                                                     else set())
+    asked_for = [turn["tool_calls"] for turn in sent["messages"] if "tool_calls" in turn]
+    results = [turn["tool_call_id"] for turn in sent["messages"] if turn["role"] == "tool"]
+    assert sorted(call["id"] for calls in asked_for for call in calls) == sorted(results)
+    assert ("tools" in sent) == bool(body["tools"]) and "tool_choice" not in sent or body["tools"]
+    roles = [turn["role"] for turn in sent["messages"]]
+    assert path == "/v1/responses" or (roles.count("system") == 1 and roles[0] == "system")
+
+
+# -- the official SDKs of both faces, where they are installed, in front of targets of both kinds
+
+
+def final(stream):
+    """What a stream helper has gathered when all was read."""
+    with stream as opened:
+        events = list(opened)
+        end = getattr(opened, "get_final_message", None) or opened.get_final_response
+        return events, end()
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    asking = dict(model=MODEL, max_tokens=2000, messages=[{"role": "user", "content": "hi"}],
+                  tools=CLAUDE_TOOLS["tools"],
+                  thinking={"type": "enabled", "budget_tokens": 1024})
+    one = client.messages.create(**asking)
+    events, streamed = final(client.messages.stream(**asking))
+    raw = list(client.messages.create(stream=True, **asking))
+    assert raw[0].type == "message_start" and raw[-1].type == "message_stop"
+    for answer in (one, streamed):
+        assert [block.type for block in answer.content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert (answer.content[0].thinking, answer.content[1].text) == ("hm", "Hello")
+        calls = [(block.id, block.name, block.input) for block in answer.content[2:]]
+        assert calls == [("c1", "f", {"x": 1}), ("c2", "g", {})] and answer.stop_reason == "tool_use"
+        assert (answer.usage.input_tokens, answer.usage.output_tokens) == (7, 9)
+        assert answer.role == "assistant" and answer.model == MODEL
+    assert [event.text for event in events if event.type == "text"] == ["Hel", "lo"]
+    assert [event.snapshot for event in events if event.type == "input_json"][0] == {"x": 1}
+    # The round trip: what came out goes in again, with results.
+    results = [{"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "see"}, PICTURE]},
+               {"type": "tool_result", "tool_use_id": "c1", "content": "one", "is_error": False}]
+    for answer in (one, streamed):
+        later = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
+        client.messages.create(**{**asking, "messages": asking["messages"] + later})
+        assert last_sent(target, kind)["messages"] == turns(
+            kind, HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}), thinking="hm"),
+            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
+    answer = client.messages.create(model=MODEL, max_tokens=9, system="s", messages=[blocks(PICTURE, "what?")])
+    assert answer.content[0].text == "A pixel." and answer.stop_reason == "end_turn"
+    assert last_sent(target, kind)["messages"] == turns(kind, turn("system", "s"), turn("user", "what?", images=(PNG,)))
+    many = [{"role": "user", "content": "hi" * 40}]
+    assert client.messages.count_tokens(model=MODEL, messages=many).input_tokens >= 10
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    assert final(client.messages.stream(**asking))[1].stop_reason == "max_tokens"
+    assert client.messages.create(**asking).stop_reason == "max_tokens"
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client_is_told_what_went_wrong(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=3)
+    asking = dict(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "hi"}])
+    target.answers[CHAT_PATH[kind]] = broken(kind, "boom")
+    for run in (lambda: list(client.messages.create(stream=True, **asking)),
+                lambda: final(client.messages.stream(**asking))):
+        with pytest.raises(anthropic.APIStatusError, match="boom"):
+            run()
+    target.answers[CHAT_PATH[kind]] = broken(kind)
+    with pytest.raises(anthropic.APIError, match="upstream"):
+        list(client.messages.create(stream=True, **asking))
+    for status, error in ((400, anthropic.BadRequestError), (401, anthropic.AuthenticationError),
+                          (403, anthropic.PermissionDeniedError), (404, anthropic.NotFoundError)):
+        target.answers[CHAT_PATH[kind]] = http_answer({"error": "it said no"}, status)
+        before = len(target.calls(CHAT_PATH[kind]))
+        with pytest.raises(error, match="it said no"):
+            client.messages.create(**asking)
+        assert len(target.calls(CHAT_PATH[kind])) == before + 1         # asked once: nothing to try again
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens is required"):
+        client.messages.create(**{**asking, "max_tokens": 0})
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_anthropic_client_parses_answers(agents, kind):
+    anthropic = pytest.importorskip("anthropic")
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    proxy, target = agents[kind]
+    client = anthropic.Anthropic(base_url=proxy.url, api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", '{"name": "Ada", "age": 36}'))
+    asking = dict(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "who?"}])
+    if not hasattr(client.messages, "parse"):
+        pytest.skip("an SDK without messages.parse")
+    assert client.messages.parse(output_format=Person, **asking).parsed_output == Person(name="Ada", age=36)
+    sent = last_sent(target, kind)
+    schema = sent["format"] if kind == "ollama" else sent["response_format"]["json_schema"]["schema"]
+    assert set(schema["properties"]) == {"name", "age"}
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_of_responses(agents, kind):
+    openai = pytest.importorskip("openai")
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, *HEARD)
+    asking = dict(model=MODEL, input="hi", instructions="s", tools=CODEX_TOOLS["tools"], store=False,
+                  reasoning={"effort": "low", "summary": "auto"},
+                  include=["reasoning.encrypted_content"])
+    one = client.responses.create(**asking)
+    raw = list(client.responses.create(stream=True, **asking))
+    assert raw[0].type == "response.created" and raw[-1].type == "response.completed"
+    strict_tools = [{**tool, "strict": True} for tool in asking["tools"]]      # the helper wants them so
+    events, streamed = final(client.responses.stream(**{**asking, "tools": strict_tools}))
+    for answer in (one, raw[-1].response, streamed):
+        assert [entry.type for entry in answer.output] == ["reasoning", "message", "function_call", "function_call"]
+        assert (answer.output[0].summary[0].text, answer.output_text, answer.status) == ("hm", "Hello", "completed")
+        calls = [(call.call_id, call.name, json.loads(call.arguments)) for call in answer.output[2:]]
+        assert calls == [("c1", "f", {"x": 1}), ("c2", "g", {})]
+        assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (7, 9, 16)
+        assert answer.usage.output_tokens_details.reasoning_tokens >= 0 and answer.error is None
+    grown = {kind_of_event: [event for event in events if event.type == f"response.{kind_of_event}.delta"]
+             for kind_of_event in ("output_text", "reasoning_summary_text", "function_call_arguments")}
+    assert [event.snapshot for event in grown["output_text"]] == ["Hel", "Hello"]
+    assert [event.delta for event in grown["reasoning_summary_text"]] == ["h", "m"]
+    assert json.loads(grown["function_call_arguments"][0].snapshot) == {"x": 1}
+    # The round trip: what came out goes in again, with results.
+    for answer in (one, raw[-1].response, streamed):
+        client.responses.create(**{**asking, "input": [
+            {"role": "user", "content": "hi"}, *answer.output,
+            {"type": "function_call_output", "call_id": "c2",
+             "output": [{"type": "input_text", "text": "see"}, INPUT_IMAGE]},
+            {"type": "function_call_output", "call_id": "c1", "output": "one"}]})
+        assert last_sent(target, kind)["messages"] == turns(
+            kind, turn("system", "s"), HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}),
+                                                thinking="hm"),
+            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
+    answer = client.responses.create(model=MODEL, input=[message("user", "what?", INPUT_IMAGE)])
+    assert answer.output_text == "A pixel."
+    assert last_sent(target, kind)["messages"] == turns(kind, turn("user", "what?", images=(PNG,)))
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
+    cut_short = client.responses.create(**asking, max_output_tokens=5)
+    assert cut_short.status == "incomplete" and cut_short.output_text == "Hel"
+    assert cut_short.incomplete_details.reason == "max_output_tokens"
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_parses_responses(agents, kind):
+    openai = pytest.importorskip("openai")
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    class Look(BaseModel):
+        """Looks somebody up."""
+        name: str
+
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0)
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", '{"name": "Ada", '), ("text", '"age": 36}'))
+    asking, ada = dict(model=MODEL, input="who?", text_format=Person), Person(name="Ada", age=36)
+    assert client.responses.parse(**asking).output_parsed == ada
+    assert final(client.responses.stream(**asking))[1].output_parsed == ada
+    sent = last_sent(target, kind)
+    schema = sent["format"] if kind == "ollama" else sent["response_format"]["json_schema"]["schema"]
+    assert set(schema["properties"]) == {"name", "age"}
+    target.answers[CHAT_PATH[kind]] = speaking(kind, ("call", "c1", "Look", {"name": "Ada"}))
+    answer = client.responses.parse(model=MODEL, input="who?", tools=[openai.pydantic_function_tool(Look)])
+    assert answer.output[0].name == "Look" and answer.output[0].parsed_arguments == Look(name="Ada")
+
+
+@cases("kind", TARGET_KINDS)
+def test_the_official_openai_client_of_responses_is_told_what_went_wrong(agents, kind):
+    openai = pytest.importorskip("openai")
+    proxy, target = agents[kind]
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=3)
+    for error in (None, "boom"):
+        target.answers[CHAT_PATH[kind]] = broken(kind, error)
+        last = list(client.responses.create(model=MODEL, input="hi", stream=True))[-1]
+        assert last.type == "response.failed" and last.response.status == "failed"
+        assert (error or "upstream") in last.response.error.message
+        with pytest.raises(RuntimeError, match="response.completed"):
+            final(client.responses.stream(model=MODEL, input="hi"))
+    for status, kind_of_error in ((400, openai.BadRequestError), (401, openai.AuthenticationError),
+                                  (403, openai.PermissionDeniedError), (404, openai.NotFoundError)):
+        target.answers[CHAT_PATH[kind]] = http_answer({"error": "it said no"}, status)
+        before = len(target.calls(CHAT_PATH[kind]))
+        with pytest.raises(kind_of_error, match="it said no"):
+            client.responses.create(model=MODEL, input="hi")
+        assert len(target.calls(CHAT_PATH[kind])) == before + 1         # asked once: nothing to try again
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model=MODEL, input="hi", previous_response_id="resp_1")
+
+
+# ----------------------------------------------------------------------------
 # The official clients, where they are installed: the strictest judges there are
 # ----------------------------------------------------------------------------
 
