@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 import zlib
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -5735,6 +5736,180 @@ def test_workers_share_one_socket_and_end_together(target):
                         (["--listen", "0.0.0.0:0", "--client-key", "abcd"], False)])
 def test_a_warning_when_exposed_without_a_key(argv, warned):
     assert ("--client-key" in ends_well(launch("--target", "http://127.0.0.1:9", *argv))) is warned
+
+
+# ----------------------------------------------------------------------------
+# Replicas: the README's balancers, where they are installed, in front of real processes
+# ----------------------------------------------------------------------------
+
+
+def readme_block(language, **replaced):
+    """A fenced block of the README, some words in it replaced."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    block = re.search(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)[1]
+    for printed, used in replaced.items():
+        assert printed in block, printed
+        block = block.replace(printed, used)
+    return block
+
+
+def start_balancer(name, folder, **replaced):
+    """The real program with the README's configuration; it runs until it is terminated."""
+    block, file = readme_block(name, **replaced), folder / "balancer.conf"
+    if name == "nginx":                 # the README prints what belongs inside http {}
+        paths = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        block = f"daemon off; master_process off; pid {folder}/pid; error_log stderr crit; events {{}}\n" \
+                f"http {{ access_log off; {paths}\n{block}}}\n"
+    file.write_text(block)
+    command = ["nginx", "-p", str(folder), "-c", str(file)] if name == "nginx" else ["haproxy", "-db", "-f", str(file)]
+    return subprocess.Popen(command, env={**OWN, "PATH": WIDE_PATH}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+WIDE_PATH = OWN.get("PATH", "") + os.pathsep + "/usr/sbin"      # where Debian keeps servers
+
+
+def start_replica(target, port=0):
+    """The program on a port of its own; `answered` is set once it has answered a chat."""
+    process = launch("--target", target.url, "--target-api", "openai", "--grace", "60", "--listen", f"127.0.0.1:{port}")
+    process.answered = threading.Event()
+
+    def read():
+        for line in process.stdout:
+            if '"POST /api/chat HTTP/1.1" 200' in line:
+                process.answered.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    return process
+
+
+def outcome(port, content="", stream=True):
+    """What became of one chat: "whole", "cut" when it broke after its beginning, or else what was wrong."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("POST", "/api/chat", json.dumps({
+            "model": "m", "stream": stream, "messages": [{"role": "user", "content": content}],
+            "padding": "x" * (100_000 if content else 0)}))             # coding agents send as much
+        answer = connection.getresponse()
+    except (OSError, HTTPException) as error:
+        return f"lost: {error!r}"
+    try:
+        data = answer.read()
+    except (OSError, HTTPException):
+        return "cut"
+    finally:
+        connection.close()
+    return "whole" if answer.status == 200 and b'"done":true' in data else f"lost: {answer.status} {data[-200:]!r}"
+
+
+def wait_listening(port):
+    """Waits until somebody accepts connections there."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def wait_asked(target, content, count):
+    """Waits until the target has been asked so often with this content."""
+    def found():
+        return sum(request.json["messages"][0]["content"] == content for request in target.calls("/v1/chat/completions"))
+
+    with target.asked:
+        assert target.asked.wait_for(lambda: found() >= count, PATIENCE), (content, found())
+
+
+class Chats:
+    """Chats in threads of their own: `count` at once, each one or, with `again`, one after the other until stop()."""
+
+    def __init__(self, port, count, content="", again=False):
+        self.outcomes, self._again, self._changed = [], again, threading.Condition()
+        self._threads = [threading.Thread(target=self._run, args=(port, content, bool(content or at % 2))) for at in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, *chat):
+        while True:
+            told = outcome(*chat)
+            with self._changed:
+                self.outcomes.append(told)
+                self._changed.notify_all()
+            if not self._again:
+                return
+
+    def wait_for(self, more):
+        """Waits until so many more have ended."""
+        with self._changed:
+            wanted = len(self.outcomes) + more
+            assert self._changed.wait_for(lambda: len(self.outcomes) >= wanted, PATIENCE)
+
+    def stop(self):
+        """Waits for those under way; returns the outcomes."""
+        self._again = False
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        return self.outcomes
+
+
+@cases("balancer", ["haproxy", "nginx"])
+def test_replicas_die_and_return_and_no_request_that_had_not_begun_is_lost(balancer, target, tmp_path):
+    if os.name != "posix" or not shutil.which(balancer, path=WIDE_PATH):
+        pytest.skip(f"{balancer} is not installed")
+    begun, finish = threading.Semaphore(0), threading.Event()
+
+    def script(talk):
+        content = talk.request.json["messages"][0]["content"]
+        if content == "held":           # the answer has not begun
+            target.go.wait(PATIENCE)
+        if content == "begun":
+            talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+            begun.release()
+            finish.wait(PATIENCE)
+            talk.send(chunk(sse(delta("lo"), STOP)) + b"0\r\n\r\n")
+        elif talk.request.json["stream"]:
+            talk.send(http_stream(HELLO))
+        else:
+            talk.send(http_answer(WHOLE))
+        talk.released = True
+
+    target.answers["/v1/chat/completions"] = script
+    replicas = [start_replica(target) for _ in range(3)]
+    ports = [replica.port for replica in replicas]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        front = free.getsockname()[1]
+    process = start_balancer(balancer, tmp_path, **{"0.0.0.0:11434": f"127.0.0.1:{front}"}, **{
+        f"127.0.0.1:1150{at}": f"127.0.0.1:{port}" for at, port in enumerate(ports, 1)})
+    try:
+        wait_listening(front)
+        load = Chats(front, 4, again=True)
+
+        held = Chats(front, 6, "held")          # one replica dies with requests in its hands
+        wait_asked(target, "held", 6)
+        replicas[0].kill()
+        wait_asked(target, "held", 7)
+        target.go.set()
+        assert held.stop() == ["whole"] * 6
+
+        replicas[0] = start_replica(target, ports[0])       # it returns, and gets work again
+        assert replicas[0].answered.wait(PATIENCE)
+
+        streams = Chats(front, 6, "begun")      # one is stopped as a service manager does, with streams under way
+        for _ in range(3):
+            assert begun.acquire(timeout=PATIENCE)
+        replicas[1].terminate()
+        load.wait_for(40)
+        finish.set()
+        assert streams.stop() == ["whole"] * 6 and replicas[1].wait(PATIENCE) == 0
+
+        told = load.stop()
+        assert len(told) > 100 and not [one for one in told if one not in ("whole", "cut")]
+        assert told.count("cut") <= 4           # those that streamed when the first one was killed
+    finally:
+        for one in (process, *replicas):
+            one.kill()
+            one.wait()
 
 
 # ----------------------------------------------------------------------------
