@@ -1932,14 +1932,14 @@ def nine(identifier: str) -> str:
 
 def plain_id(identifier: str) -> str:
     """An id of letters, digits, - and _."""
-    return identifier if re.fullmatch("[A-Za-z0-9_-]{1,64}", identifier) else call_id("plain", identifier)
+    return identifier if re.fullmatch("[A-Za-z0-9_-]{1,40}", identifier) else call_id("plain", identifier)
 
 
 def plain_name(name: str) -> str:
-    """A tool's name in the letters that OpenAI takes; the digest keeps two of them apart."""
-    if re.fullmatch("[A-Za-z0-9_-]{1,64}", name):
+    """A tool's name in the letters that OpenAI takes, a letter first; the digest keeps two of them apart."""
+    if re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
         return name
-    return re.sub("[^A-Za-z0-9_-]", "_", name)[:50] + "_" + digest_of(name)[:8]
+    return re.sub("^[^A-Za-z_]|[^A-Za-z0-9_-]", "_", name)[:50] + "_" + digest_of(name)[:8]
 
 
 def render_parts(text: str, images: tuple) -> list[dict]:
@@ -5043,66 +5043,76 @@ class Remedy(NamedTuple):
     lesson: bool = True             # success teaches something about the target, not about one client's values
 
 
+# How llama.cpp, vLLM and Cerebras refuse what their grammars do not know.
+_SCHEMA_REFUSED = (r"grammar.{0,60}(pars|fail)|fail.{0,40}grammar|grammar error|schema conversion failed|xgrammar"
+                   r"|unsupported JSON schema|(JSON|tool|input_?|function).{0,20}schema.{0,60}"
+                   r"(invalid|not supported|unsupported|unrecogni)")
 # Told by a refusal's text, in the order in which they are tried.  Above each stands a server that wants it.
 SYMPTOMS = (
     # Ollama
     Remedy("think is left out", "think", _drop, r"does not support thinking|think value .* is not supported"),
     # DeepSeek (deepseek-ai/DeepSeek-V3#69), and most others
     Remedy("numbers are brought into the range that it takes", "", _clamp,
-           r"range.{0,30}\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
+           r"(?:range.{0,30}|be in )\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
+           r"|range: ?(-?[0-9]+)\.\.(-?[0-9]+)|maximum output tokens \(([0-9]+)\)|[0-9] > ([0-9]+), which is the maximum"
            r"|(?:less than or equal to|at most|<=|maximum(?: allowed)?(?: value)?(?: is| of|:)?) ?(-?[0-9]*\.?[0-9]+)",
            lesson=False),
+    # Gemini (googleapis/python-genai#867), Groq, Cerebras, llama.cpp
+    Remedy("a format beside tools is asked for in words", "response_format", _schema_in_words,
+           r"response mime type.{0,40}unsupported|response_format.{0,60}(with|and) tools|grammar constraints with tools"
+           r"|json mode cannot be combined|.tools. is incompatible with .response_format"),
     # LM Studio; OpenAI, which wants the word JSON in the messages
     Remedy("JSON mode is asked for as a schema", "response_format", _schema_instead,
            r"response_format|json_object|must contain the word .?json"),
-    # Gemini (googleapis/python-genai#867)
-    Remedy("a format beside tools is asked for in words", "response_format", _schema_in_words,
-           r"response mime type.{0,40}unsupported|response_format.{0,60}(with|and) tools"),
     # Mistral
     Remedy("tool call ids are nine letters or digits", "messages", None,
-           r"tool.?call.?id.* length of 9|must be a-z, A-Z, 0-9", {"tool_ids": "nine"}),
-    # Claude behind a gateway (farion1231/cc-switch#1181)
-    Remedy("tool call ids are letters, digits, - and _", "messages", None,
-           r"(tool_use\.id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,40}(pattern|match|invalid)",
+           r"tool.?call.?id.* length of 9", {"tool_ids": "nine"}),
+    # Claude behind a gateway (farion1231/cc-switch#1181); OpenAI, which takes 40
+    Remedy("tool call ids are at most 40 letters, digits, - and _", "messages", None,
+           r"(tool_use\.id|tool_?use_?id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,80}(pattern|match|invalid|too long)",
            {"tool_ids": "plain"}),
     # OpenAI, Azure, DeepSeek (defilantech/LLMKube#1525)
-    Remedy("tools get names of letters, digits, - and _", "tools", None,
+    Remedy("tools get names of letters, digits, - and _", "messages", None,
            r"function\.name|tools\S*\.name|(function|tool) names?.{0,80}(pattern|match|characters|contain|invalid)"
-           r"|[Ii]nvalid (function|tool) name", {"tool_names": True}),
+           r"|invalid (function|tool) name", {"tool_names": True}),
     # Gemini (tashfeenahmed/freellmapi#97); llama.cpp's grammars
     Remedy("schemas of tools hold what Ollama keeps of them", "tools", None,
-           r"Unknown name .{0,60}(tools|function_declarations)|[Ii]nvalid schema for function"
-           r"|function_declarations.{0,80}(items|schema)|grammar.{0,60}(pars|fail)|fail.{0,40}grammar"
-           r"|(JSON|tool|input_?|function).{0,20}schema.{0,60}(invalid|not supported|unsupported|unrecogni)",
+           r"Unknown name .{0,60}(tools|function_declarations)|invalid schema for function"
+           r"|function_?declarations?.{0,80}(items|schema|properties)|moonshot flavored|" + _SCHEMA_REFUSED,
            {"plain_schemas": True}),
-    # llama.cpp
+    # llama.cpp, vLLM
     Remedy("a schema that its grammar refuses is asked for in words", "response_format", _schema_in_words,
-           r"grammar.{0,60}(pars|fail)|fail.{0,40}grammar|pattern must start"),
+           _SCHEMA_REFUSED),
     # Mistral
     Remedy("an assistant turn stands between results and a question", "messages", None,
            r"[Uu]nexpected role .?user.? after role .?tool", {"bridge": True}),
     # Templates of Gemma and Mistral at llama.cpp (ggml-org/llama.cpp#19851)
     Remedy("neighbouring turns of one role are joined", "messages", None,
-           r"roles must alternate|must alternate between", {"merge": True, "system": "first"}),
+           r"roles must alternate|alternate (between|with)|successive user or|start with a user message"
+           r"|first message must use", {"merge": True, "system": "first"}),
     # Templates of Qwen, at Ollama too (ollama/ollama#16988)
     Remedy("all system texts stand in one turn at the beginning", "messages", None,
-           r"[Ss]ystem message.{0,30}(beginning|first)|only one system|multiple system|[Uu]nexpected role .?system",
+           r"system message.{0,30}(beginning|first)|only one system|multiple system|unexpected role .?system"
+           r"|initial optional system message",
            {"system": "first"}),
     # Templates of Gemma; Google's own servers
     Remedy("system texts are told by the user", "messages", None,
-           r"[Ss]ystem (role|message|prompt|instruction)s?.{0,20}not (be )?(supported|enabled|allowed)"
-           r"|(Developer|System) instruction is not enabled", {"system": "user"}),
+           r"system (role|message|prompt|instruction)s?.{0,20}not (be )?(supported|enabled|allowed)"
+           r"|(developer|system) instruction is not enabled|does not support .system|got system|top-level .?system"
+           r"|role: system", {"system": "user"}),
     # OpenAI (ollama/ollama-python#506)
     Remedy("unknown roles are system turns", "messages", None,
-           r"Invalid value: '\w+'. Supported values are: .{0,60}assistant|role.{0,40}(must|should) be one of"
-           r"|([Uu]nknown|[Ii]nvalid|[Uu]nsupported|[Uu]nexpected) (message )?role", {"known_roles": True}),
+           r"invalid value: .\w+.[.,] supported values are:? .{0,60}assistant|role.{0,40}(must|should) be one of"
+           r"|role: unknown variant|not a valid role|is not one of \[.{0,60}assistant|using 'role' does not match"
+           r"|(unknown|invalid|unsupported|unexpected) (message )?role", {"known_roles": True}),
     # Bedrock, Claude (BerriAI/litellm#7169)
     Remedy("something stands for empty text", "messages", None,
-           r"is blank|content.{0,60}(non-?empty|not be empty|is empty|cannot be empty|must have)|empty content",
+           r"is blank|content.{0,60}(non-?empty|not be empty|is empty|cannot be empty|must have|non-whitespace)"
+           r"|empty content|with role '\w+' must not be empty",
            {"filler": "(empty)"}),
     # Mistral, DeepSeek
     Remedy("a turn to be continued is marked as one", "messages", None,
-           r"prefix.{0,20}(True|true)|[Ll]ast message must.{0,40}prefix|[Ee]xpected last role", {"prefix": True}),
+           r"prefix.{0,20}true|last message must.{0,40}prefix|expected last role", {"prefix": True}),
     # llama.cpp (ggml-org/llama.cpp#20861)
     Remedy("thinking is off while a turn is continued", "chat_template_kwargs", _set({"enable_thinking": False}),
            r"prefill is incompatible with enable_thinking", lesson=False),
@@ -5111,24 +5121,26 @@ SYMPTOMS = (
            r"set reasoning_effort to .?none"),
     # DeepSeek (anomalyco/opencode#25000)
     Remedy("every assistant turn carries reasoning_content", "messages", None,
-           r"reasoning_content.{0,80}(must be|is missing|is required|passed back)|[Mm]issing .?reasoning_content",
+           r"reasoning_content.{0,80}(must be|is missing|is required|passed back)|missing .?reasoning_content",
            {"fill_reasoning": True}),
     # OpenAI, to accounts that are not verified (open-webui/open-webui#16452)
     Remedy("whole answers are asked for and given as streams", "stream", None,
-           r"verified to stream|does not support stream|[Ss]tream(ing)? is not (supported|allowed|available)",
+           r"verified to stream|does not support stream|stream(ing)?'? is not (supported|allowed|available)"
+           r"|'stream' does not support true|in streaming mode|unsupported for streaming",
            {"stream": "never"}),
     # Qwen at DashScope
     Remedy("streams are asked for and given as whole answers", "stream", None,
-           r"only supports? .{0,20}stream|stream(ing)?.{0,10}(must be|is) (enabled|required|true)"
-           r"|must (be|set).{0,20}stream", {"stream": "always"}),
+           r"only supports? .{0,20}stream|stream(ing)?.{0,10}(must be|is) (set to |enabled|required|true)"
+           r"|must (be|set|have).{0,20}stream|non-streaming calls|stream=false", {"stream": "always"}),
     # DashScope, Gemini (mem0ai/mem0#6861)
     Remedy("texts for embeddings go out in portions", "input", None,
-           r"(?:[Bb]atch|inputs?|texts|items|requests).{0,60}?"
-           r"(?:larger than|at most|exceed\w*|maximum(?: of)?|up to|more than|<=)\D{0,12}([0-9]{1,5})\b(?! tokens)"
-           r"|at most ([0-9]{1,5}) (?:requests|inputs|texts|items)", _portion),
+           r"(?:batch|inputs?|texts|items|requests).{0,60}?(?:larger than|at most|exceed\w*|up to|more than|<="
+           r"|max(?:imum)?(?: of| allowed batch size| length| number of inputs is)?|limit is)\D{0,12}([0-9]{1,5})\b"
+           r"(?! tokens)|at most ([0-9]{1,5}) (?:requests|inputs|texts|items)", _portion),
     # llama.cpp (gpustack/gpustack#950)
     Remedy("texts for embeddings are cut to what it takes", "input", _cut_texts,
-           r"too large to process|context (length|size)|maximum.{0,20}(length|tokens)|too (long|many tokens)",
+           r"too large to process|context (length|size)|maximum.{0,20}(length|tokens)|too (long|many tokens)"
+           r"|less than [0-9]+ tokens|allowed token size|range of input length",
            lesson=False),
     # OpenAI
     Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens"),
@@ -5149,7 +5161,8 @@ REMEDIES = (
     Remedy("strict is left out of tools", "strict", _tools_without_strict),
 )
 _VALUE_REFUSED = re.compile(
-    r"must be (between|less|greater|at most|at least|in|>|<)|out of range|should be (less|greater)|valid range", re.I)
+    r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
+    r"|both be specified|only be set to|Supported values", re.I)
 _CONTEXT_OVERFLOW = re.compile(
     r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 # The refusal asks for more of something, which is no reason to leave it out.
@@ -5188,7 +5201,7 @@ def refused_keys(error: UpstreamRefused, body: dict) -> list[str]:
             keys += [str(part) for part in reversed(as_list(as_dict(problem).get("loc")))]
     message_keys = {key for message in as_list(body.get("messages")) if isinstance(message, dict) for key in message}
     ours = set(body) | set(_NESTED) | (message_keys - {"role", "content", "name"}) | {"strict"}
-    keys += sorted(ours.intersection(re.findall(r"\w+", error.message)), key=len, reverse=True)
+    keys += sorted(ours.intersection(re.findall(r"\w+", error.message.lower())), key=len, reverse=True)
     keys = [_NESTED.get(key, key) for key in keys]
     return [key for key in dict.fromkeys(keys) if key in body or key in message_keys or key == "strict"]
 
@@ -5255,14 +5268,14 @@ class Healer:
         """(remedy, match of its pattern), likeliest first."""
         text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", error.message[:20000])        # 8,192 is 8192
         limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
-        if limit and _CONTEXT_OVERFLOW.search(text) and not re.search("unsupported|not supported", text, re.I):
+        if limit and _CONTEXT_OVERFLOW.search(text) and not re.search(f"unsupported|not supported|{limit} must", text, re.I):
             yield Remedy("", limit, _drop, lesson=False), None
             return
         if error.status not in (400, 404, 413, 422, 500, 501):
             return
         keys = refused_keys(error, body)
         for row in SYMPTOMS:
-            told = re.search(row.pattern, text) if row.edit or row.key in body else None
+            told = re.search(row.pattern, text, re.I) if row.edit or row.key in body else None
             if told and row.key:
                 yield row, told
             elif told:                  # a row for whatever number is named
@@ -5587,8 +5600,12 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
         if refusal_text == refused:     # the last remedy changed nothing
             attempt = before._replace(tried=attempt.tried)
             wire = attempt.body(render)
+            data = dump(wire.body)
         before, refused = attempt, refusal_text
-        healed = context.healer.heal(error, wire.body, attempt, kept) if len(attempt.tried) < 6 else None
+        healed: Optional[Attempt] = attempt
+        while healed is not None and dump(healed.body(render).body) == data:        # that remedy changes nothing
+            attempt = attempt._replace(tried=healed.tried)
+            healed = context.healer.heal(error, wire.body, attempt, kept) if len(attempt.tried) < 12 else None
         if healed is None:
             raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
         attempt = healed
@@ -5645,13 +5662,13 @@ def converse(request: Request, scope: Scope) -> Response:
         return target.render_chat(wired, habits, info.context_now or info.context)
 
     try:
-        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
+        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None, bool(wired.tools)), render)
     except UpstreamRefused as error:
         no_chats = error.status == 404 and call.prompt is None and "model" not in error.message.lower()
         if call.face != "generate" or not no_chats:
             raise
         wired = as_continuation(wired)
-        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None), render)
+        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None, bool(wired.tools)), render)
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)
     opened = info.id in context.openers or bool(settings_for(config, info.id)[1].get("open_think"))

@@ -5957,7 +5957,7 @@ def test_the_file_imports_the_standard_library_alone():
 MODEL = "qwen3:8b"                      # stands in the lists of both scripted targets
 PNG = "iVBORw0KGgo="
 DATA_URL = f"data:image/png;base64,{PNG}"
-PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+IMAGE_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
 BY_URL = {"type": "image", "source": {"type": "url", "url": "https://x.test/a.png"}}
 INPUT_IMAGE = {"type": "input_image", "detail": "high", "image_url": DATA_URL}
 PLAIN = {"/v1/messages": {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]},
@@ -6050,7 +6050,7 @@ def without(body, asked):
     return {key: value for key, value in {**body, **asked}.items() if value is not ...}
 
 
-def turn(role, content="", *calls, **beside):
+def a_turn(role, content="", *calls, **beside):
     """A turn that should reach the target: calls are (id, name, arguments)."""
     return SimpleNamespace(**{"role": role, "content": content, "calls": calls, "thinking": "", "images": (), "id": "",
                               "name": "", **beside})
@@ -6147,126 +6147,126 @@ def after_call(*content):
     return asked(blocks(use(x=1), role="assistant"), blocks(*content))
 
 
-HI = turn("user", "hi")
+HI_SEEN = a_turn("user", "hi")
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 NO_SCHEMA = {"type": "object", "properties": {}}
 F, G = {"name": "f", "description": "does f", "parameters": SCHEMA}, {"name": "g", "parameters": NO_SCHEMA}
 CLAUDE_TOOLS = {"tools": [{"name": "f", "description": "does f", "input_schema": {
     "$schema": "http://json-schema.org/draft-07/schema#", **SCHEMA}}, {"type": "custom", "name": "g"}]}
-CALLED = turn("assistant", "", ("toolu_1", "f", {"x": 1}))
+CALL_SEEN = a_turn("assistant", "", ("toolu_1", "f", {"x": 1}))
 
 
 def result_turn(content, **fields):
-    return turn("tool", content, id="toolu_1", name="f", **fields)
+    return a_turn("tool", content, id="toolu_1", name="f", **fields)
 
 
 # (name, what is asked besides, turns at the target, what stands beside them; `only` is the one kind that it is about)
 MESSAGES_ASKED = [
-    ("a text", {}, [HI], {}),
+    ("a text", {}, [HI_SEEN], {}),
     ("what an Ollama ignores, and keys that nobody knows", {
         "metadata": {"user_id": "x"}, "context_management": {
             "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-        "service_tier": "auto", "container": None, "mcp_servers": [], "betas": ["x"], "output_config": {}}, [HI], {}),
-    ("a system text", {"system": "be brief"}, [turn("system", "be brief"), HI], {}),
+        "service_tier": "auto", "container": None, "mcp_servers": [], "betas": ["x"], "output_config": {}}, [HI_SEEN], {}),
+    ("a system text", {"system": "be brief"}, [a_turn("system", "be brief"), HI_SEEN], {}),
     ("system blocks, joined without anything between them", {"system": [
         {"type": "text", "text": "be ", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief"}]},
-     [turn("system", "be brief"), HI], {}),
+     [a_turn("system", "be brief"), HI_SEEN], {}),
     ("the billing block is dropped, the rest stays", {"system": [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=ab12;"},
         {"type": "text", "text": "be brief"}]},
-     [turn("system", "be brief"), HI], {}),
+     [a_turn("system", "be brief"), HI_SEEN], {}),
     ("nothing but a billing block", {"system": [{"type": "text", "text": "x-anthropic-billing-header: cch=ab12;"}]},
-     [HI], {}),
+     [HI_SEEN], {}),
     ("system turns anywhere join the leading one", {"system": "one", "messages": [
         {"role": "user", "content": "hi"}, {"role": "system", "content": "two"}, blocks("Hello", role="assistant"),
         blocks("three", role="system"), {"role": "user", "content": "go"}]},
-     [turn("system", "one\n\ntwo\n\nthree"), HI, turn("assistant", "Hello"), turn("user", "go")], {}),
-    ("a system turn without a leading system", asked({"role": "system", "content": "two"}), [turn("system", "two"), HI],
+     [a_turn("system", "one\n\ntwo\n\nthree"), HI_SEEN, a_turn("assistant", "Hello"), a_turn("user", "go")], {}),
+    ("a system turn without a leading system", asked({"role": "system", "content": "two"}), [a_turn("system", "two"), HI_SEEN],
      {}),
-    ("text blocks, joined without anything between them", {"messages": [blocks("a", "b")]}, [turn("user", "ab")], {}),
-    ("pictures among texts", {"messages": [blocks("look: ", PICTURE, "and ", PICTURE, "here")]},
-     [turn("user", "look: and here", images=(PNG, PNG))], {}),
-    ("a picture alone", {"messages": [blocks(PICTURE)]}, [turn("user", images=(PNG,))], {}),
+    ("text blocks, joined without anything between them", {"messages": [blocks("a", "b")]}, [a_turn("user", "ab")], {}),
+    ("pictures among texts", {"messages": [blocks("look: ", IMAGE_BLOCK, "and ", IMAGE_BLOCK, "here")]},
+     [a_turn("user", "look: and here", images=(PNG, PNG))], {}),
+    ("a picture alone", {"messages": [blocks(IMAGE_BLOCK)]}, [a_turn("user", images=(PNG,))], {}),
     ("a picture of a kind that its bytes do not tell", {"messages": [blocks({"type": "image", "source": {
         "type": "base64", "media_type": "image/webp", "data": "AAAAAAAA"}})]},
-     [turn("user", images=("data:image/webp;base64,AAAAAAAA",))], {"only": "openai"}),
+     [a_turn("user", images=("data:image/webp;base64,AAAAAAAA",))], {"only": "openai"}),
     ("a picture by its URL", {"messages": [blocks(BY_URL)]},
-     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+     [a_turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
     ("thinking that comes back without a signature", asked(blocks(
         {"type": "thinking", "thinking": "hm", "signature": ""}, "Hello", role="assistant"), blocks("go")),
-     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello", thinking="hm"), a_turn("user", "go")], {}),
     ("thinking that cannot be read", asked(blocks({"type": "redacted_thinking", "data": "AAAA"}, "Hello",
                                                   role="assistant"), blocks("go")),
-     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello"), a_turn("user", "go")], {}),
     ("a call and its result", asked(blocks("I call.", use(x=1), role="assistant"), blocks(used("done"))),
-     [HI, turn("assistant", "I call.", ("toolu_1", "f", {"x": 1})), result_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "I call.", ("toolu_1", "f", {"x": 1})), result_turn("done")], {}),
     ("thinking beside a call", asked(blocks({"type": "thinking", "thinking": "hm", "signature": "s"}, use(x=1),
                                             role="assistant"),
                                      blocks(used("done"))),
-     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), thinking="hm"), result_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("toolu_1", "f", {"x": 1}), thinking="hm"), result_turn("done")], {}),
     ("a result in blocks", after_call(used([{"type": "text", "text": "do"}, {"type": "text", "text": "ne"}])),
-     [HI, CALLED, result_turn("done")], {}),
-    ("a result with a picture", after_call(used([{"type": "text", "text": "see"}, PICTURE])),
-     [HI, CALLED, result_turn("see", images=(PNG,))], {}),
-    ("a result that is a picture", after_call(used([PICTURE], cache_control={"type": "ephemeral"})),
-     [HI, CALLED, result_turn("", images=(PNG,))], {}),
-    ("a result without content", after_call(used()), [HI, CALLED, result_turn("")], {}),
-    ("a result of no blocks", after_call(used([])), [HI, CALLED, result_turn("")], {}),
+     [HI_SEEN, CALL_SEEN, result_turn("done")], {}),
+    ("a result with a picture", after_call(used([{"type": "text", "text": "see"}, IMAGE_BLOCK])),
+     [HI_SEEN, CALL_SEEN, result_turn("see", images=(PNG,))], {}),
+    ("a result that is a picture", after_call(used([IMAGE_BLOCK], cache_control={"type": "ephemeral"})),
+     [HI_SEEN, CALL_SEEN, result_turn("", images=(PNG,))], {}),
+    ("a result without content", after_call(used()), [HI_SEEN, CALL_SEEN, result_turn("")], {}),
+    ("a result of no blocks", after_call(used([])), [HI_SEEN, CALL_SEEN, result_turn("")], {}),
     ("a result that is an error", after_call(used("no such file", is_error=True)),
-     [HI, CALLED, result_turn("Error: no such file")], {}),
-    ("a result that is none", after_call(used("done", is_error=False)), [HI, CALLED, result_turn("done")], {}),
+     [HI_SEEN, CALL_SEEN, result_turn("Error: no such file")], {}),
+    ("a result that is none", after_call(used("done", is_error=False)), [HI_SEEN, CALL_SEEN, result_turn("done")], {}),
     ("results of parallel calls in one message, in another order", asked(
         blocks(use(x=1), use("toolu_2", "g"), role="assistant"), blocks(used("two", "toolu_2"), used("one"))),
-     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})),
-      turn("tool", "two", id="toolu_2", name="g"), result_turn("one")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})),
+      a_turn("tool", "two", id="toolu_2", name="g"), result_turn("one")], {}),
     ("results before the text of their turn, wherever they stand", asked(
-        blocks(use(x=1), role="assistant"), blocks("and ", PICTURE, used("done"), "now?")),
-     [HI, CALLED, result_turn("done"), turn("user", "and now?", images=(PNG,))], {}),
+        blocks(use(x=1), role="assistant"), blocks("and ", IMAGE_BLOCK, used("done"), "now?")),
+     [HI_SEEN, CALL_SEEN, result_turn("done"), a_turn("user", "and now?", images=(PNG,))], {}),
     ("pictures of two results", asked(blocks(use(x=1), use("toolu_2", "g"), role="assistant"),
-                                      blocks(used([PICTURE]),
-                                             used([PICTURE, {"type": "text", "text": "b"}], "toolu_2"))),
-     [HI, turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})), result_turn("", images=(PNG,)),
-      turn("tool", "b", id="toolu_2", name="g", images=(PNG,))], {}),
+                                      blocks(used([IMAGE_BLOCK]),
+                                             used([IMAGE_BLOCK, {"type": "text", "text": "b"}], "toolu_2"))),
+     [HI_SEEN, a_turn("assistant", "", ("toolu_1", "f", {"x": 1}), ("toolu_2", "g", {})), result_turn("", images=(PNG,)),
+      a_turn("tool", "b", id="toolu_2", name="g", images=(PNG,))], {}),
     ("a call that nobody answered", after_call("never mind"),
-     [HI, CALLED, result_turn(""), turn("user", "never mind")], {}),
+     [HI_SEEN, CALL_SEEN, result_turn(""), a_turn("user", "never mind")], {}),
     ("a result whose call was cut off", {"messages": [blocks(used("done"))]},
-     [turn("assistant", "", ("toolu_1", "unknown", {})), turn("tool", "done", id="toolu_1", name="unknown")], {}),
+     [a_turn("assistant", "", ("toolu_1", "unknown", {})), a_turn("tool", "done", id="toolu_1", name="unknown")], {}),
     ("two turns of calls", asked(blocks(use(x=1), role="assistant"), blocks(used("one")),
                                  blocks(use("toolu_2", "f", x=2), role="assistant"), blocks(used("two", "toolu_2"))),
-     [HI, CALLED, result_turn("one"), turn("assistant", "", ("toolu_2", "f", {"x": 2})),
-      turn("tool", "two", id="toolu_2", name="f")], {}),
+     [HI_SEEN, CALL_SEEN, result_turn("one"), a_turn("assistant", "", ("toolu_2", "f", {"x": 2})),
+      a_turn("tool", "two", id="toolu_2", name="f")], {}),
     ("what a server's own tool left", asked(blocks(
         {**use("srv_1", "web_search", query="x"), "type": "server_tool_use"},
         {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": []}, "Found.", role="assistant"),
         blocks("go")),
-     [HI, turn("assistant", "Found.", ("srv_1", "web_search", {"query": "x"})),
-      turn("tool", "", id="srv_1", name="web_search"), turn("user", "go")], {}),
-    ("options", {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop_sequences": ["a", "b"], "max_tokens": 7}, [HI],
+     [HI_SEEN, a_turn("assistant", "Found.", ("srv_1", "web_search", {"query": "x"})),
+      a_turn("tool", "", id="srv_1", name="web_search"), a_turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop_sequences": ["a", "b"], "max_tokens": 7}, [HI_SEEN],
      {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop": ["a", "b"], "max_tokens": 7}),
-    ("no stop sequences", {"stop_sequences": []}, [HI], {}),
-    ("an answer by a schema", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, [HI],
+    ("no stop sequences", {"stop_sequences": []}, [HI_SEEN], {}),
+    ("an answer by a schema", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, [HI_SEEN],
      {"format": SCHEMA}),
-    ("tools", CLAUDE_TOOLS, [HI], {"tools": [F, G]}),
+    ("tools", CLAUDE_TOOLS, [HI_SEEN], {"tools": [F, G]}),
     ("tools that run at Anthropic are left out", {"tools": [
         {"type": "web_search_20250305", "name": "web_search", "max_uses": 5},
         {"type": "code_execution_20250825", "name": "code_execution"},
-        *CLAUDE_TOOLS["tools"]]}, [HI], {"tools": [F, G]}),
+        *CLAUDE_TOOLS["tools"]]}, [HI_SEEN], {"tools": [F, G]}),
     ("nothing but such tools", {"tools": [{"type": "web_search_20250305", "name": "web_search"}],
-                                "tool_choice": {"type": "auto"}}, [HI], {}),
+                                "tool_choice": {"type": "auto"}}, [HI_SEEN], {}),
     ("no tools, but a choice among them", {"tools": [],
-                                           "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, [HI],
+                                           "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, [HI_SEEN],
                                            {}),
-    ("tool choice auto", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto"}}, [HI],
+    ("tool choice auto", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto"}}, [HI_SEEN],
      {"tools": [F, G], "tool_choice": "auto"}),
-    ("tool choice any", {**CLAUDE_TOOLS, "tool_choice": {"type": "any"}}, [HI],
+    ("tool choice any", {**CLAUDE_TOOLS, "tool_choice": {"type": "any"}}, [HI_SEEN],
      {"tools": [F, G], "tool_choice": "required"}),
-    ("tool choice none", {**CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, [HI],
+    ("tool choice none", {**CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, [HI_SEEN],
      {"tools": [F, G], "tool_choice": "none"}),
-    ("tool choice of one tool", {**CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, [HI],
+    ("tool choice of one tool", {**CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, [HI_SEEN],
      {"tools": [F], "tool_choice": "required"}),
-    ("one call at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [HI],
+    ("one call at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [HI_SEEN],
      {"tools": [F, G], "tool_choice": "auto", "parallel": False}),
-    ("many calls at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": False}}, [HI],
+    ("many calls at a time", {**CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": False}}, [HI_SEEN],
      {"tools": [F, G], "tool_choice": "required"}),
 ]
 # thinking, effort, what it means
@@ -6281,7 +6281,7 @@ CLAUDE_THINKING = [
 ]
 MESSAGES_ASKED += [
     (f"thinking {json.dumps(thinking)}, effort {effort}", {"thinking": thinking, "output_config": {"effort": effort}},
-     [HI],
+     [HI_SEEN],
      {"think": wanted}) for thinking, effort, wanted in CLAUDE_THINKING]
 
 
@@ -6313,7 +6313,7 @@ def reasoned(text="hm", **fields):
             "encrypted_content": None, **fields}
 
 
-CALLED_TOO = turn("assistant", "", ("call_1", "f", {"x": 1}))
+CALLED_TOO = a_turn("assistant", "", ("call_1", "f", {"x": 1}))
 CODEX_TOOLS = {"tools": [{"type": "function", "name": "f", "description": "does f", "strict": False,
                           "parameters": SCHEMA},
                          {"type": "function", "name": "g", "parameters": None}]}
@@ -6326,110 +6326,110 @@ ONE_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "requ
 
 
 def output_turn(content, **fields):
-    return turn("tool", content, **{"id": "call_1", "name": "f", **fields})
+    return a_turn("tool", content, **{"id": "call_1", "name": "f", **fields})
 
 
 RESPONSES_ASKED = [
-    ("a text", {}, [HI], {}),
+    ("a text", {}, [HI_SEEN], {}),
     ("what an Ollama ignores, and keys that nobody knows", {
         "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
         "client_metadata": {"a": "b"}, "metadata": {},
         "truncation": "auto", "service_tier": "auto", "user": "u", "previous_response_id": None,
         "text": {"verbosity": "low"}, "instructions": None},
-     [HI], {}),
-    ("instructions", {"instructions": "be brief"}, [turn("system", "be brief"), HI], {}),
+     [HI_SEEN], {}),
+    ("instructions", {"instructions": "be brief"}, [a_turn("system", "be brief"), HI_SEEN], {}),
     ("the instructions of a developer", {"input": [message("developer", "be ", "brief"), message("system", "now"),
                                                    message("user", "hi")]},
-     [turn("system", "be \nbrief"), turn("system", "now"), HI], {}),
-    ("a message without type", {"input": [{"role": "user", "content": "hi"}]}, [HI], {}),
+     [a_turn("system", "be \nbrief"), a_turn("system", "now"), HI_SEEN], {}),
+    ("a message without type", {"input": [{"role": "user", "content": "hi"}]}, [HI_SEEN], {}),
     ("an answer that comes back", given(message("assistant",
                                                 {"type": "output_text", "text": "Hello", "annotations": []},
                                                 status="completed"), message("user", "go")),
-     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello"), a_turn("user", "go")], {}),
     ("an answer that comes back as a string", given({"role": "assistant", "content": "Hello"}, message("user", "go")),
-     [HI, turn("assistant", "Hello"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello"), a_turn("user", "go")], {}),
     ("a refusal that comes back", given(message("assistant", {"type": "refusal", "refusal": "No."}),
                                         message("user", "go")),
-     [HI, turn("assistant", "No."), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "No."), a_turn("user", "go")], {}),
     ("pictures", {"input": [message("user", "look", INPUT_IMAGE, INPUT_IMAGE)]},
-     [turn("user", "look", images=(PNG, PNG))], {}),
+     [a_turn("user", "look", images=(PNG, PNG))], {}),
     ("a picture by its URL", {"input": [message("user", {"type": "input_image", "image_url": "https://x.test/a.png"})]},
-     [turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
-    ("a call and its result", given(called(), output("done")), [HI, CALLED_TOO, output_turn("done")], {}),
+     [a_turn("user", images=("https://x.test/a.png",))], {"only": "openai"}),
+    ("a call and its result", given(called(), output("done")), [HI_SEEN, CALLED_TOO, output_turn("done")], {}),
     ("a call joins the answer before it", given(message("assistant", "I call.", kind="output_text"), called(),
                                                 output("done")),
-     [HI, turn("assistant", "I call.", ("call_1", "f", {"x": 1})), output_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "I call.", ("call_1", "f", {"x": 1})), output_turn("done")], {}),
     ("a call without arguments", given(called(arguments=""), output("done")),
-     [HI, turn("assistant", "", ("call_1", "f", {})), output_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "f", {})), output_turn("done")], {}),
     ("a result in parts", given(called(), output([{"type": "input_text", "text": "do"},
                                                   {"type": "output_text", "text": "ne"}])),
-     [HI, CALLED_TOO, output_turn("do\nne")], {}),
+     [HI_SEEN, CALLED_TOO, output_turn("do\nne")], {}),
     ("a result with a picture", given(called(), output([{"type": "input_text", "text": "see"}, INPUT_IMAGE])),
-     [HI, CALLED_TOO, output_turn("see", images=(PNG,))], {}),
+     [HI_SEEN, CALLED_TOO, output_turn("see", images=(PNG,))], {}),
     ("a result that is a picture", given(called(), output([INPUT_IMAGE])),
-     [HI, CALLED_TOO, output_turn("", images=(PNG,))], {}),
+     [HI_SEEN, CALLED_TOO, output_turn("", images=(PNG,))], {}),
     ("parallel calls, their results in another order",
      given(called(), called("call_2", "g", "{}"), output("two", "call_2"), output("one")),
-     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), ("call_2", "g", {})),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "f", {"x": 1}), ("call_2", "g", {})),
       output_turn("two", id="call_2", name="g"), output_turn("one")], {}),
     ("a call that nobody answered", given(called(), message("user", "never mind")),
-     [HI, CALLED_TOO, output_turn(""), turn("user", "never mind")], {}),
+     [HI_SEEN, CALLED_TOO, output_turn(""), a_turn("user", "never mind")], {}),
     ("a result whose call was cut off", {"input": [output("done")]},
-     [turn("assistant", "", ("call_1", "unknown", {})), output_turn("done", name="unknown")], {}),
+     [a_turn("assistant", "", ("call_1", "unknown", {})), output_turn("done", name="unknown")], {}),
     ("a call into a namespace", given(called(namespace="agents"), output("done")),
-     [HI, turn("assistant", "", ("call_1", "agents__f", {"x": 1})), output_turn("done", name="agents__f")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "agents__f", {"x": 1})), output_turn("done", name="agents__f")], {}),
     ("a custom call", given(item("custom_tool_call", id="ctc_1", call_id="call_1", name="apply_patch",
                                  input="*** Begin\n\"x\""),
                             item("custom_tool_call_output", call_id="call_1", output="done")),
-     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "*** Begin\n\"x\""})),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "apply_patch", {"input": "*** Begin\n\"x\""})),
       output_turn("done", name="apply_patch")], {}),
     ("a custom call's result in parts", given(item("custom_tool_call", call_id="call_1", name="apply_patch", input="x"),
                                               item("custom_tool_call_output", call_id="call_1", output=[INPUT_IMAGE])),
-     [HI, turn("assistant", "", ("call_1", "apply_patch", {"input": "x"})),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "apply_patch", {"input": "x"})),
       output_turn("", name="apply_patch", images=(PNG,))], {}),
     ("a summary before an answer", given(reasoned(), message("assistant", "Hello", kind="output_text"),
                                          message("user", "go")),
-     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello", thinking="hm"), a_turn("user", "go")], {}),
     ("a summary before a call", given(reasoned(), called(), output("done")),
-     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
     ("reasoning in full", given(reasoned(summary=[],
                                          content=[{"type": "reasoning_text", "text": "h"},
                                                   {"type": "reasoning_text", "text": "m"}]), called(), output("done")),
-     [HI, turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
+     [HI_SEEN, a_turn("assistant", "", ("call_1", "f", {"x": 1}), thinking="hm"), output_turn("done")], {}),
     ("reasoning in encrypted_content, where we put it",
      given(reasoned("short", encrypted_content="hm"), message("assistant", "Hello", kind="output_text"),
            message("user", "go")),
-     [HI, turn("assistant", "Hello", thinking="hm"), turn("user", "go")], {}),
+     [HI_SEEN, a_turn("assistant", "Hello", thinking="hm"), a_turn("user", "go")], {}),
     ("what a hosted tool left", given(item("web_search_call", id="ws_1", status="completed",
                                            action={"type": "search", "query": "x"}),
                                       message("assistant", "Found.", kind="output_text"), message("user", "go")),
-     [HI, turn("assistant", "Found."), turn("user", "go")], {}),
-    ("options", {"temperature": 0, "top_p": 0.5, "max_output_tokens": 7}, [HI],
+     [HI_SEEN, a_turn("assistant", "Found."), a_turn("user", "go")], {}),
+    ("options", {"temperature": 0, "top_p": 0.5, "max_output_tokens": 7}, [HI_SEEN],
      {"temperature": 0, "top_p": 0.5, "max_tokens": 7}),
-    ("no more than one token", {"max_output_tokens": 1}, [HI], {"max_tokens": 1}),
+    ("no more than one token", {"max_output_tokens": 1}, [HI_SEEN], {"max_tokens": 1}),
     ("an answer by a schema", {"text": {"verbosity": "low",
                                         "format": {"type": "json_schema", "strict": True, "name": "title",
-                                                   "schema": SCHEMA}}}, [HI], {"format": SCHEMA}),
-    ("an answer in JSON", {"text": {"format": {"type": "json_object"}}}, [HI], {"format": "json"}),
-    ("an answer in text", {"text": {"format": {"type": "text"}}}, [HI], {}),
-    ("tools", CODEX_TOOLS, [HI], {"tools": [F_TOO, G]}),
-    ("a namespace of tools", {"tools": [SPAWN]}, [HI], {"tools": [{**F_TOO, "name": "agents__f"}]}),
-    ("a tool of one text", {"tools": [PATCH]}, [HI], {"tools": [{
+                                                   "schema": SCHEMA}}}, [HI_SEEN], {"format": SCHEMA}),
+    ("an answer in JSON", {"text": {"format": {"type": "json_object"}}}, [HI_SEEN], {"format": "json"}),
+    ("an answer in text", {"text": {"format": {"type": "text"}}}, [HI_SEEN], {}),
+    ("tools", CODEX_TOOLS, [HI_SEEN], {"tools": [F_TOO, G]}),
+    ("a namespace of tools", {"tools": [SPAWN]}, [HI_SEEN], {"tools": [{**F_TOO, "name": "agents__f"}]}),
+    ("a tool of one text", {"tools": [PATCH]}, [HI_SEEN], {"tools": [{
         "name": "apply_patch", "description": "Patches files.\n\nThe input must follow this grammar:\nstart: begin end",
         "parameters": ONE_TEXT}]}),
-    ("a tool of one text, any text", {"tools": [{"type": "custom", "name": "say", "format": {"type": "text"}}]}, [HI],
+    ("a tool of one text, any text", {"tools": [{"type": "custom", "name": "say", "format": {"type": "text"}}]}, [HI_SEEN],
      {"tools": [{"name": "say", "parameters": ONE_TEXT}]}),
     ("hosted tools are left out", {"tools": [
         {"type": "web_search", "external_web_access": True}, {"type": "local_shell"}, {"type": "image_generation"},
         {"type": "code_interpreter"},
         {"type": "tool_search", "execution": "client", "description": "d", "parameters": {}}, *CODEX_TOOLS["tools"]]},
-        [HI], {"tools": [F_TOO, G]}),
+        [HI_SEEN], {"tools": [F_TOO, G]}),
     ("nothing but such tools", {"tools": [{"type": "web_search"}], "tool_choice": "auto", "parallel_tool_calls": True},
-     [HI], {}),
-    ("no tools, but a choice among them", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, [HI], {}),
-    ("many calls at a time", {**CODEX_TOOLS, "parallel_tool_calls": True}, [HI],
+     [HI_SEEN], {}),
+    ("no tools, but a choice among them", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, [HI_SEEN], {}),
+    ("many calls at a time", {**CODEX_TOOLS, "parallel_tool_calls": True}, [HI_SEEN],
      {"tools": [F_TOO, G], "parallel": True}),
-    ("one call at a time", {**CODEX_TOOLS, "parallel_tool_calls": False}, [HI],
+    ("one call at a time", {**CODEX_TOOLS, "parallel_tool_calls": False}, [HI_SEEN],
      {"tools": [F_TOO, G], "parallel": False}),
 ]
 # tool_choice, tools that are offered, what is left of the choice
@@ -6445,10 +6445,10 @@ CODEX_REASONING = [
     ({"effort": "high"}, "high"), ({"effort": "xhigh"}, "max"),
 ]
 RESPONSES_ASKED += [
-    (f"tool choice {json.dumps(choice)}", {**CODEX_TOOLS, "tool_choice": choice}, [HI],
+    (f"tool choice {json.dumps(choice)}", {**CODEX_TOOLS, "tool_choice": choice}, [HI_SEEN],
      {"tools": offered, "tool_choice": left})
     for choice, offered, left in CODEX_CHOICES]
-RESPONSES_ASKED += [(f"reasoning {json.dumps(reasoning)}", {"reasoning": reasoning}, [HI], {"think": wanted})
+RESPONSES_ASKED += [(f"reasoning {json.dumps(reasoning)}", {"reasoning": reasoning}, [HI_SEEN], {"think": wanted})
                     for reasoning, wanted in CODEX_REASONING]
 
 
@@ -6521,7 +6521,7 @@ MESSAGES_REFUSED = [
     ({"system": {"type": "text", "text": "x"}}, cannot("object", "system")),
     ({"system": [5]}, cannot("number", "system")),
     ({"system": [{"type": "text", "text": 5}]}, cannot("number", "text")),
-    ({"system": [PICTURE]}, "image"), (asked(blocks(PICTURE, role="system")), "image"),
+    ({"system": [IMAGE_BLOCK]}, "image"), (asked(blocks(IMAGE_BLOCK, role="system")), "image"),
     ({"tools": {}}, cannot("object", "tools")), ({"tools": ["f"]}, cannot("string", "tools")),
     ({"tools": [{"input_schema": SCHEMA}]}, "name"),
     ({"tools": [{"name": 5}]}, cannot("number", "name")), ({"tool_choice": "auto"}, cannot("string", "tool_choice")),
@@ -6920,14 +6920,14 @@ def test_replies_that_nobody_would_write_keep_the_order_of_events(path):
 
 BLOCK = "content_block_start", "content_block_delta", "content_block_stop"
 CALL = "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"
-THOUGHT = [f"reasoning_summary_{name}" for name in ("part.added", "text.delta", "text.delta", "text.done", "part.done")]
-TEXT = "content_part.added", "output_text.delta", "output_text.delta", "output_text.done", "content_part.done"
+THOUGHT_SEEN = [f"reasoning_summary_{name}" for name in ("part.added", "text.delta", "text.delta", "text.done", "part.done")]
+TEXT_SEEN = "content_part.added", "output_text.delta", "output_text.delta", "output_text.done", "content_part.done"
 # What HEARD makes of itself.
 EVENTS = {
     "/v1/messages": ["message_start", *(BLOCK[0], BLOCK[1], *BLOCK[1:]) * 2, *BLOCK * 2, "message_delta",
                      "message_stop"],
     "/v1/responses": ["response." + name for name in (
-        "created", "in_progress", CALL[0], *THOUGHT, CALL[-1], CALL[0], *TEXT, CALL[-1], *CALL * 2, "completed")]}
+        "created", "in_progress", CALL[0], *THOUGHT_SEEN, CALL[-1], CALL[0], *TEXT_SEEN, CALL[-1], *CALL * 2, "completed")]}
 
 
 @cases("kind", TARGET_KINDS)
@@ -7016,7 +7016,7 @@ def test_calls_go_back_under_the_names_that_codex_knows(agents, kind):
     results = [{"type": one["type"] + "_output", "call_id": one["call_id"], "output": one["call_id"]} for one in items]
     proxy.post("/v1/responses", {**body, "input": [message("user", "hi"), *items, *results]})
     sent = last_sent(target, kind)
-    assert sent["messages"] == turns(kind, HI, turn("assistant", "", ("c1", "agents__f", {"x": 1}), (
+    assert sent["messages"] == turns(kind, HI_SEEN, a_turn("assistant", "", ("c1", "agents__f", {"x": 1}), (
         "c2", "apply_patch", {"input": "*** Begin \"x\"\n"}), ("c3", "f", {})), *(
             output_turn(ident, id=ident, name=name) for ident, name in named))
 
@@ -7340,10 +7340,10 @@ def test_settings_fill_in_what_agents_do_not_say(start, target, kind, path):
     proxy = translating(start, target, kind, "--set", f"{MODEL}:temperature=0.5,seed=7,think=low")
     proxy.post(path, PLAIN[path])
     beside = {"max_tokens": 50} if path == "/v1/messages" else {}
-    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.5, seed=7, think="low", **beside)
+    assert last_sent(target, kind) == wired(kind, [HI_SEEN], temperature=0.5, seed=7, think="low", **beside)
     quiet = {"thinking": {"type": "disabled"}} if path == "/v1/messages" else {"reasoning": {"effort": "none"}}
     proxy.post(path, {**PLAIN[path], "temperature": 0.1, **quiet})
-    assert last_sent(target, kind) == wired(kind, [HI], temperature=0.1, seed=7, think=False, **beside)
+    assert last_sent(target, kind) == wired(kind, [HI_SEEN], temperature=0.1, seed=7, think=False, **beside)
 
 
 @cases("mode, thinking, text", [("separate", "hm", "Hello"), ("drop", "", "Hello"),
@@ -7457,7 +7457,7 @@ CLAUDE_CODE = {
                use("kept11", "kept3", kept5="kept12", more="\u00e9 \U0001f999"),
                use("kept13", "kept3", __unparsedToolInput={"raw": "kept14", "len": 3}), role="assistant"),
         blocks(used("kept15", "kept13", is_error=True),
-               used([{"type": "text", "text": "kept16"}, PICTURE], "kept11", cache_control={"type": "ephemeral"})),
+               used([{"type": "text", "text": "kept16"}, IMAGE_BLOCK], "kept11", cache_control={"type": "ephemeral"})),
         {"role": "assistant", "content": "kept17"}, {"role": "user", "content": "kept18"},
         blocks(use("kept19", "kept3"), role="assistant"),
         {"role": "user", "content": [{"tool_use_id": "kept19", "type": "tool_result", "content": "kept20",
@@ -7561,18 +7561,18 @@ def test_the_official_anthropic_client(agents, kind):
     assert [event.text for event in events if event.type == "text"] == ["Hel", "lo"]
     assert [event.snapshot for event in events if event.type == "input_json"][0] == {"x": 1}
     # The round trip: what came out goes in again, with results.
-    results = [{"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "see"}, PICTURE]},
+    results = [{"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "see"}, IMAGE_BLOCK]},
                {"type": "tool_result", "tool_use_id": "c1", "content": "one", "is_error": False}]
     for answer in (one, streamed):
         later = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
         client.messages.create(**{**asking, "messages": asking["messages"] + later})
         assert last_sent(target, kind)["messages"] == turns(
-            kind, HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}), thinking="hm"),
-            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+            kind, HI_SEEN, a_turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}), thinking="hm"),
+            a_turn("tool", "see", id="c2", name="g", images=(PNG,)), a_turn("tool", "one", id="c1", name="f"))
     target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
-    answer = client.messages.create(model=MODEL, max_tokens=9, system="s", messages=[blocks(PICTURE, "what?")])
+    answer = client.messages.create(model=MODEL, max_tokens=9, system="s", messages=[blocks(IMAGE_BLOCK, "what?")])
     assert answer.content[0].text == "A pixel." and answer.stop_reason == "end_turn"
-    assert last_sent(target, kind)["messages"] == turns(kind, turn("system", "s"), turn("user", "what?", images=(PNG,)))
+    assert last_sent(target, kind)["messages"] == turns(kind, a_turn("system", "s"), a_turn("user", "what?", images=(PNG,)))
     many = [{"role": "user", "content": "hi" * 40}]
     assert client.messages.count_tokens(model=MODEL, messages=many).input_tokens >= 10
     target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
@@ -7660,13 +7660,13 @@ def test_the_official_openai_client_of_responses(agents, kind):
              "output": [{"type": "input_text", "text": "see"}, INPUT_IMAGE]},
             {"type": "function_call_output", "call_id": "c1", "output": "one"}]})
         assert last_sent(target, kind)["messages"] == turns(
-            kind, turn("system", "s"), HI, turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}),
+            kind, a_turn("system", "s"), HI_SEEN, a_turn("assistant", "Hello", ("c1", "f", {"x": 1}), ("c2", "g", {}),
                                                 thinking="hm"),
-            turn("tool", "see", id="c2", name="g", images=(PNG,)), turn("tool", "one", id="c1", name="f"))
+            a_turn("tool", "see", id="c2", name="g", images=(PNG,)), a_turn("tool", "one", id="c1", name="f"))
     target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "A pixel."))
     answer = client.responses.create(model=MODEL, input=[message("user", "what?", INPUT_IMAGE)])
     assert answer.output_text == "A pixel."
-    assert last_sent(target, kind)["messages"] == turns(kind, turn("user", "what?", images=(PNG,)))
+    assert last_sent(target, kind)["messages"] == turns(kind, a_turn("user", "what?", images=(PNG,)))
     target.answers[CHAT_PATH[kind]] = speaking(kind, ("text", "Hel"), reason="length")
     cut_short = client.responses.create(**asking, max_output_tokens=5)
     assert cut_short.status == "incomplete" and cut_short.output_text == "Hel"
