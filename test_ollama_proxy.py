@@ -5938,6 +5938,22 @@ def test_the_readme_lists_every_setting_and_every_route():
         assert f"`{path}`" in text, path
 
 
+def test_the_readme_has_the_groups_of_help_and_the_rooms_and_stays_short():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    group, shown = "", []
+    for name, flags in re.findall(r"^\| (\*\*.+?\*\*)? ?\| (`--[^|]*(?:\\\|[^|]*)*) \|", text, re.M):
+        group = name.strip("*") or group
+        shown += [(group, flag) for flag in re.findall("`(--[a-z-]+)", flags)]
+    group, wanted = "", []
+    for row in proxy_module.SETTINGS:
+        group = proxy_module.GROUPS.get(row.field, group)
+        wanted += [(group, flag) for flag in row.flags.split()]
+    assert shown == wanted
+    for number, name in re.findall(r"^ +(\d+)  ([A-Z]\w+(?: \w+)?)  ", proxy_module.__doc__, re.M):
+        assert re.search(rf"\b{number}\s+{name}".replace(" ", r"\s+"), text), (number, name)
+    assert len(text.splitlines()) < 450
+
+
 def test_the_file_imports_the_standard_library_alone():
     import ast
     names = set()
