@@ -879,9 +879,11 @@ def parse_arguments(value: Any) -> Optional[dict]:
     for _ in range(3):
         if isinstance(value, str):
             text = value.strip()
-            value = load_or_none(text.encode("utf-8", "surrogatepass")) if text not in ("", "null") else None
-            if value is None and text not in ("", "null"):
-                return None
+            value = load_or_none(whole_pairs(text).encode()) if text not in ("", "null") else None
+            if value is None and text not in ("", "null"):      # written twice, or after an empty object
+                found = [load_or_none(part.encode("utf-8", "replace")) for part in re.split(r"(?<=\})\s*(?=\{)", text)]
+                value = next(filter(None, found), None) if None not in found else None
+                return value if all(part in ({}, value) for part in found) else None
         if value in (None, []):         # PHP's empty map
             return {}
         if isinstance(value, dict):
@@ -986,7 +988,8 @@ OLLAMA_FIELDS = {
     "model": str, "name": str, "messages": list, "prompt": str, "suffix": str, "system": str, "template": str,
     "raw": bool, "context": list, "images": list, "stream": bool, "options": dict, "tools": list, "tool_choice": object,
     "format": object, "think": object, "keep_alive": object, "logprobs": bool, "top_logprobs": int, "truncate": bool,
-    "shift": bool, "dimensions": int, "input": object, "verbose": bool, "insecure": bool, "username": str, "password": str}
+    "shift": bool, "dimensions": int, "input": object, "verbose": bool, "insecure": bool, "username": str,
+     "password": str}
 MESSAGE_FIELDS = {"role": str, "content": object, "thinking": str, "images": list, "tool_calls": list,
                   "tool_name": str, "tool_call_id": str}
 CALL_FIELDS = {"id": str, "function": dict, "name": str, "arguments": object}
@@ -1381,9 +1384,17 @@ def plain_schema(schema: Any, root: Optional[dict] = None, strictly: bool = Fals
             plain[key] = inner(value)
         elif key not in ("$defs", "definitions"):
             plain[key] = value
+    if strictly and isinstance(plain.get("type"), list):
+        plain["type"] = next((kind for kind in plain["type"] if kind != "null"), "string")
     if strictly and plain.get("type") == "array":
         plain.setdefault("items", {})
     return {key: value for key, value in plain.items() if key in _KEPT_KEYWORDS or not strictly}
+
+
+def plain_parameters(parameters: dict) -> Optional[dict]:
+    """A strict server's parameters of a tool; None when there are no properties, which Gemini wants left out."""
+    schema = plain_schema(parameters, strictly=True)
+    return schema if schema.get("properties") or schema.get("type") != "object" else None
 
 
 def arrange(messages: tuple, habits: Habits) -> tuple:
@@ -1400,9 +1411,11 @@ def arrange(messages: tuple, habits: Habits) -> tuple:
         joined: list = []
         for turn in messages:
             last = joined[-1] if joined else None
-            if last is not None and last.role == turn.role != "tool" and not last.tool_calls and not turn.tool_calls:
+            if last is not None and last.role == turn.role != "tool" and not last.tool_calls:
                 text = "\n\n".join(filter(None, (last.content, turn.content)))
-                joined[-1] = last._replace(content=text, images=last.images + turn.images)
+                joined[-1] = turn._replace(content=text, images=last.images + turn.images)
+            elif turn.role == "assistant" and (last is None or last.role == "system"):
+                joined += [Message("user", "(start)"), turn]       # a greeting: templates want a question first
             else:
                 joined.append(turn)
         messages = tuple(joined)
@@ -2001,7 +2014,7 @@ def render_openai_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
     if chat and call.offered:
         body["tools"] = [{"type": "function", "function": present(
             name=plain_name(tool.name) if habits.tool_names else tool.name, description=tool.description or None,
-            parameters=plain_schema(tool.parameters, strictly=True) if habits.plain_schemas else tool.parameters,
+            parameters=plain_parameters(tool.parameters) if habits.plain_schemas else tool.parameters,
             strict=tool.strict)} for tool in call.offered]
         body.update(present(tool_choice="required" if isinstance(call.tool_choice, tuple) else call.tool_choice,
                             parallel_tool_calls=call.parallel))
@@ -2168,7 +2181,7 @@ class OpenAIDecoder:
         self._timings: dict = {}
         self._reason = ""
         self._any = False               # something came that was an answer
-        self._half = ""                 # of a surrogate pair whose other half comes in another frame
+        self._halves: dict = {}         # of surrogate pairs whose other halves come in another frame
         self._names = {plain_name(tool.name): tool.name for tool in call.tools}
         self._alternatives = call.logprobs
         self.taken = 0                  # frames that left more behind than their events
@@ -2177,7 +2190,7 @@ class OpenAIDecoder:
     @property
     def at_rest(self) -> bool:
         """Nothing is pending: a content frame is just its text (the shortcut of room 9 asks)."""
-        return self._alternatives is None and not (self.done or self._reason or self._half) and self._frames.idle
+        return self._alternatives is None and not (self.done or self._reason or self._halves) and self._frames.idle
 
     def feed(self, data: bytes) -> list:
         """Returns the events of all complete frames.  A Failure or Finish is the last one, ever."""
@@ -2269,14 +2282,11 @@ class OpenAIDecoder:
             content = "".join(text for text, _, _ in parts)
             thinking = thinking or "".join(inner for _, _, inner in parts)
         events: list = []
+        thinking = self._paired("thinking", thinking)
         if thinking:
             self._thinking.append(thinking)
             events.append(ThinkingDelta(thinking))
-        text = self._half + (as_text(content) or as_text(delta.get("refusal")))
-        self._half = ""
-        if text and not text.isascii():
-            self._half = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
-            text = whole_pairs(text[:-1] if self._half else text)
+        text = self._paired("text", as_text(content) or as_text(delta.get("refusal")))
         if text:
             events.append(TextDelta(text, read_logprobs(choice.get("logprobs"), self._alternatives)))
         self._tools.add(delta)
@@ -2289,6 +2299,14 @@ class OpenAIDecoder:
         self._reason = reason if reason not in ("", "null") else self._reason
         return events
 
+    def _paired(self, kind: str, text: str) -> str:
+        text = self._halves.pop(kind, "") + text if self._halves else text
+        if text.isascii():
+            return text
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._halves[kind], text = text[-1], text[:-1]
+        return whole_pairs(text)
+
     def _finish(self) -> list:
         reason = "length" if self._reason.lower() in FINISH_LENGTH else "stop"
         try:
@@ -2299,7 +2317,7 @@ class OpenAIDecoder:
         if not self._any and not self._reason:
             return self._fail(StreamTruncated("upstream sent an empty response"))
         self.done = True
-        events: list = [TextDelta("\ufffd")] if self._half else []
+        events: list = [TextDelta("\ufffd")] if "text" in self._halves else []
         if calls:
             events.append(ToolCalls(tuple(call._replace(name=self._names.get(call.name, call.name)) for call in calls)))
         return events + [Finish(reason, read_usage(self._usage, self._timings))]
@@ -2538,7 +2556,7 @@ ANTHROPIC_FIELDS = {
 BLOCK_FIELDS = {"type": str, "text": str, "thinking": str, "source": dict, "id": str, "name": str, "input": dict,
                 "tool_use_id": str, "is_error": bool}
 _BILLING = "x-anthropic-billing-header:"        # another one in each conversation: it would spoil every prompt cache
-_BUDGETS = ((4096, "low"), (16384, "medium"), (1 << 60, "high"))     # thinking.budget_tokens up to -> level
+_BUDGETS = ((4096, "low"), (16384, "medium"))       # thinking.budget_tokens up to -> level; more is "high"
 
 
 def parse_anthropic(body: dict, face: str = "chat") -> ChatCall:
@@ -2560,15 +2578,17 @@ def parse_anthropic(body: dict, face: str = "chat") -> ChatCall:
             turns += parse_blocks(message.get("role", "user"), message.get("content", ""))
     if any(system):
         turns.insert(0, Message("system", "\n\n".join(filter(None, system))))
-    output, choice = body.get("output_config", {}), body.get("tool_choice", {})
+    output = typed(body.get("output_config", {}), {"effort": str, "format": dict}, "output_config")
+    choice = typed(body.get("tool_choice", {}), {"type": str, "disable_parallel_tool_use": bool}, "tool_choice")
+    thinking = typed(body.get("thinking", {}), {"type": str, "budget_tokens": int}, "thinking")
     options = present(temperature=body.get("temperature"), top_p=body.get("top_p"), top_k=body.get("top_k"),
                       max_tokens=body.get("max_tokens"), stop=parse_stop(body.get("stop_sequences")) or None)
     return ChatCall(model, face, tie_results(tuple(turns)), tools=tuple(parse_anthropic_tools(body.get("tools", ()))),
                     tool_choice=parse_tool_choice(choice if choice.get("type") == "tool" else choice.get("type")),
                     parallel=False if choice.get("disable_parallel_tool_use") is True else None, options=options,
-                    think=parse_thinking(body.get("thinking", {}), output), stream=body.get("stream", False),
+                    think=parse_thinking(thinking, output), stream=body.get("stream", False),
                     format=parse_response_format({**output["format"], "json_schema": output["format"]})
-                    if isinstance(output.get("format"), dict) else None)
+                    if "format" in output else None)
 
 
 def block_texts(content: Any) -> str:
@@ -2577,13 +2597,18 @@ def block_texts(content: Any) -> str:
         return content
     if not isinstance(content, list):
         raise BadRequest(f"json: cannot unmarshal {json_kind(content)} into field system of type string")
-    texts = [typed(block, BLOCK_FIELDS, "system").get("text", "") for block in content]
+    blocks = [typed(block, BLOCK_FIELDS, "system") for block in content]
+    if any(block.get("type", "text") != "text" for block in blocks):
+        raise BadRequest("system takes blocks of text alone, no image or other type")
+    texts = [block.get("text", "") for block in blocks]
     return "".join(text for text in texts if not text.startswith(_BILLING))
 
 
 def parse_blocks(role: str, content: Any) -> list[Message]:
     """One message -> the results of tools in it, then its own turn."""
     results, texts, thinking, images, calls = [], [], "", [], []
+    if not isinstance(content, (str, list)):
+        raise BadRequest(f"json: cannot unmarshal {json_kind(content)} into field content of type array")
     for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         block = typed(block, BLOCK_FIELDS, "content")
         kind = block.get("type")
@@ -2629,7 +2654,9 @@ def parse_thinking(thinking: dict, output: dict) -> Any:
     if thinking.get("type") == "disabled":
         return False
     if thinking.get("type") == "enabled" and isinstance(budget, int):
-        return next(level for most, level in _BUDGETS if budget <= most)
+        return next((level for most, level in _BUDGETS if budget <= most), "high")
+    if output.get("effort") == "xhigh":
+        return "high"                   # ollama-api 4.9
     return EFFORTS.get(as_text(output.get("effort")), True if thinking.get("type") == "enabled" else None)
 
 
@@ -2762,8 +2789,10 @@ def parse_responses(body: dict, face: str = "chat") -> ChatCall:
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     tools, labels = parse_responses_tools(body.get("tools", ()))
     turns = [Message("system", body["instructions"])] if body.get("instructions") else []
-    wanted = as_dict(body.get("text", {}).get("format"))
+    wanted = typed(body.get("text", {}), {"format": dict}, "text").get("format", {})
     choice = body.get("tool_choice")
+    if not isinstance(choice, (str, dict, type(None))):
+        raise BadRequest("tool_choice must be a word or an object")
     options = present(temperature=body.get("temperature"), top_p=body.get("top_p"),
                       max_tokens=body.get("max_output_tokens"))
     return ChatCall(model, face, tie_results(tuple(turns + parse_items(items))), options=options, labels=labels,
@@ -2934,7 +2963,8 @@ class ResponsesEncoder:
         label = dict(self._call.labels.get(call.name, {"name": call.name}))
         custom = label.pop("custom", False)
         key, kind = ("input", "custom_tool_call") if custom else ("arguments", "function_call")
-        text = as_text(call.arguments.get("input")) if custom else dump(call.arguments).decode()
+        given = call.arguments.get("input") if custom else None
+        text = given if isinstance(given, str) else dump(call.arguments).decode()       # no patch is lost
         item = {"type": kind, "id": ("ctc_" if custom else "fc_") + call_id(), **label,
                 "call_id": call.id or "call_" + call_id(), "status": "in_progress", key: ""}
         place = {"item_id": item["id"], "output_index": len(self._output)}
@@ -2971,7 +3001,7 @@ class ResponsesEncoder:
 
 def _failure_code(error: ProxyError) -> str:
     """What Codex and the SDKs read: which failures are final, and which are worth another try."""
-    if re.search(r"context.{0,20}(length|size|window)|too many tokens", error.message):
+    if re.search(r"context.{0,20}(length|size|window)|too many tokens", error.message, re.I):
         return "context_length_exceeded"
     codes = {402: "insufficient_quota", 429: "rate_limit_exceeded", 503: "server_is_overloaded",
              529: "server_is_overloaded"}
@@ -3660,7 +3690,8 @@ SETTINGS = (
     Setting("--keep-vendor", "", None, "show ids with their vendor"),
     Setting("--set", "PATTERN:KEY=VALUE,...", (), "defaults for models, such as "
             "'qwen*:num_ctx=32768,keep_alive=30m,think=false'", parse_set, repeat=";"),
-    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the server tells none", _number(int, 1, 1e12)),
+    Setting("--default-context", "N", DEFAULT_CONTEXT, "context shown when the server tells none",
+            _number(int, 1, 1e12)),
     Setting("--ollama-version", "X.Y.Z", OLLAMA_VERSION, "answer of /api/version", parse_version),
     Setting("--reasoning", "separate|merge|drop", "separate",
             "where thinking goes: its own field, the text between think tags, or nowhere"),
@@ -4282,7 +4313,7 @@ class Reply:
         """
         for data in itertools.chain(self._body, [None] if self._inflate else []):
             data = self._inflate(data) if self._inflate else data
-            if data:                    # no `yield from`: who stops here must not close the body, which close() reads on
+            if data:                    # no `yield from`: who stops here must not close the body, as close() reads on
                 yield data
 
     def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
@@ -4767,7 +4798,8 @@ class Catalogue:
             cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
             shown = self.shown_name(short if cut else info.id)
             info = info._replace(shown=shown, capabilities=self._capabilities(info))
-            own = [alias for alias, model in self._config.alias if info.id in (model, f"{model}:latest") and "*" not in alias]
+            own = [alias for alias, model in self._config.alias
+                   if info.id in (model, f"{model}:latest") and "*" not in alias]
             if not self._allowed(info, own):
                 hidden += 1
                 continue
@@ -5054,7 +5086,8 @@ SYMPTOMS = (
     # DeepSeek (deepseek-ai/DeepSeek-V3#69), and most others
     Remedy("numbers are brought into the range that it takes", "", _clamp,
            r"(?:range.{0,30}|be in )\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
-           r"|range: ?(-?[0-9]+)\.\.(-?[0-9]+)|maximum output tokens \(([0-9]+)\)|[0-9] > ([0-9]+), which is the maximum"
+           r"|range: ?(-?[0-9]+)\.\.(-?[0-9]+)|maximum output tokens \(([0-9]+)\)"
+           r"|[0-9] > ([0-9]+), which is the maximum"
            r"|(?:less than or equal to|at most|<=|maximum(?: allowed)?(?: value)?(?: is| of|:)?) ?(-?[0-9]*\.?[0-9]+)",
            lesson=False),
     # Gemini (googleapis/python-genai#867), Groq, Cerebras, llama.cpp
@@ -5069,7 +5102,8 @@ SYMPTOMS = (
            r"tool.?call.?id.* length of 9", {"tool_ids": "nine"}),
     # Claude behind a gateway (farion1231/cc-switch#1181); OpenAI, which takes 40
     Remedy("tool call ids are at most 40 letters, digits, - and _", "messages", None,
-           r"(tool_use\.id|tool_?use_?id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,80}(pattern|match|invalid|too long)",
+           r"(tool_use\.id|tool_?use_?id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,80}"
+           r"(pattern|match|invalid|too long)",
            {"tool_ids": "plain"}),
     # OpenAI, Azure, DeepSeek (defilantech/LLMKube#1525)
     Remedy("tools get names of letters, digits, - and _", "messages", None,
@@ -5078,7 +5112,7 @@ SYMPTOMS = (
     # Gemini (tashfeenahmed/freellmapi#97); llama.cpp's grammars
     Remedy("schemas of tools hold what Ollama keeps of them", "tools", None,
            r"Unknown name .{0,60}(tools|function_declarations)|invalid schema for function"
-           r"|function_?declarations?.{0,80}(items|schema|properties)|moonshot flavored|" + _SCHEMA_REFUSED,
+           r"|function_?declarations?.{0,120}(items|schema|properties)|moonshot flavored|" + _SCHEMA_REFUSED,
            {"plain_schemas": True}),
     # llama.cpp, vLLM
     Remedy("a schema that its grammar refuses is asked for in words", "response_format", _schema_in_words,
@@ -5137,6 +5171,10 @@ SYMPTOMS = (
            r"(?:batch|inputs?|texts|items|requests).{0,60}?(?:larger than|at most|exceed\w*|up to|more than|<="
            r"|max(?:imum)?(?: of| allowed batch size| length| number of inputs is)?|limit is)\D{0,12}([0-9]{1,5})\b"
            r"(?! tokens)|at most ([0-9]{1,5}) (?:requests|inputs|texts|items)", _portion),
+    # Mistral, Voyage, OpenAI: too many tokens at once, of texts that fit one by one
+    *(Remedy(f"texts for embeddings go out in portions of {size}", "input", None,
+             r"split into more batches|tokens (in|per) .{0,20}batch|tokens per request", {"batch": size})
+      for size in (8, 1)),
     # llama.cpp (gpustack/gpustack#950)
     Remedy("texts for embeddings are cut to what it takes", "input", _cut_texts,
            r"too large to process|context (length|size)|maximum.{0,20}(length|tokens)|too (long|many tokens)"
@@ -5170,11 +5208,13 @@ _DEMANDS = re.compile(
     r"(must be|needs? to be) (passed|provided|included|present|set|sent)|(is|are) (missing|required)|[Mm]issing")
 # What servers say with a status that means something else to Ollama clients: 404 makes them pull the model.
 _NOT_FOUND_MEANS = (
-    (re.compile("support tool use|supports? tools|tool.{0,20}not supported|tool_choice", re.I), "does not support tools"),
+    (re.compile("support tool use|supports? tools|tool.{0,20}not supported|tool_choice", re.I),
+     "does not support tools"),
     (re.compile("support (image|vision)|image.{0,20}not supported", re.I), "does not support images"))
 # Never dropped: an answer without them would be an answer to another question (rule 29).
 _ESSENTIAL = frozenset(("model", "messages", "stream", "tools", "prompt", "input", "images", "suffix"))
-_NESTED = {"enable_thinking": "chat_template_kwargs", "include_usage": "stream_options", "effort": "reasoning"}
+_NESTED = {"enable_thinking": "chat_template_kwargs", "include_usage": "stream_options", "effort": "reasoning",
+           "max_new_tokens": "max_tokens"}
 # What editors add for themselves and strict servers refuse on the relay (clients rule 43).
 CLIENT_KEYS = ("options", "keep_alive", "think", "format")
 CLIENT_MESSAGE_KEYS = ("copilot_cache_control", "copilot_references", "cot_id", "cot_summary", "reasoning_content")
@@ -5253,13 +5293,13 @@ class Healer:
             attempted = (remedy, told and told.string)
             if attempted in attempt.tried or (remedy.edit and remedy.key in kept):
                 continue
-            learned = (remedy.words,) if remedy.lesson and lasting else ()
-            tried, words = attempt.tried + (attempted,), attempt.words + learned
+            lesson = remedy.lesson and (lasting or remedy.edit is not _drop)
+            tried, words = attempt.tried + (attempted,), attempt.words + ((remedy.words,) if lesson else ())
             habits = attempt.habits._replace(**(remedy.habits(told) if callable(remedy.habits) else remedy.habits))
             if habits != attempt.habits:
                 return Attempt(habits, attempt.edits, words, tried)
             if remedy.edit is not None and remedy.edit(body, remedy.key, told):
-                edit = (remedy._replace(lesson=remedy.lesson and lasting), told)
+                edit = (remedy._replace(lesson=lesson), told)
                 return Attempt(habits, attempt.edits + (edit,), words, tried)
         return None
 
@@ -5268,7 +5308,8 @@ class Healer:
         """(remedy, match of its pattern), likeliest first."""
         text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", error.message[:20000])        # 8,192 is 8192
         limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
-        if limit and _CONTEXT_OVERFLOW.search(text) and not re.search(f"unsupported|not supported|{limit} must", text, re.I):
+        if limit and _CONTEXT_OVERFLOW.search(text) \
+                and not re.search(f"unsupported|not supported|{limit} must", text, re.I):
             yield Remedy("", limit, _drop, lesson=False), None
             return
         if error.status not in (400, 404, 413, 422, 500, 501):
@@ -5596,7 +5637,7 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
             told = dict(error.headers).get("Retry-After", "")
             scope.pause(min(max(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 1.0), 30.0))
             continue
-        refusal_text = re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", error.message)      # without ids of requests
+        refusal_text = re.sub(r"(?=[\w-]*[0-9])[\w-]{8,}", "", error.message)      # without ids of requests
         if refusal_text == refused:     # the last remedy changed nothing
             attempt = before._replace(tried=attempt.tried)
             wire = attempt.body(render)
@@ -5609,6 +5650,13 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
         if healed is None:
             raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
         attempt = healed
+
+
+def unpacked(request: Request) -> bytes:
+    """The body of a request that must be read here.  Raises BadRequest 415 for a coding that cannot be."""
+    if request.packed:
+        inflater(request.headers["content-encoding"].strip().lower(), unreadable)
+    return request.body
 
 
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
@@ -5645,7 +5693,7 @@ def converse(request: Request, scope: Scope) -> Response:
     target = DIALECTS[context.api()]
     if client is target:
         return RELAYS[client.name](request, scope)
-    call = client.parse_chat(load_request(request.body), request.route.face)
+    call = client.parse_chat(load_request(unpacked(request)), request.route.face)
     info = context.catalogue.resolve(call.model, client is not OLLAMA)
     if not call.messages and call.prompt is None:
         return json_response(load_answer(call, context.clock.stamp()))
@@ -5690,10 +5738,12 @@ def relay_or_translate(request: Request, scope: Scope) -> Response:
     if how == "never" or (how == "auto" and context.absent.get(request.path, 0.0) < time.monotonic()):
         response = relay_openai(request, scope)
         if how == "never" or not lacks_route(response):
+            if response.status in (401, 403, 404):
+                response.headers = [*response.headers, ("x-should-retry", "false")]     # SDKs ask again otherwise
             return response
         context.absent[request.path] = time.monotonic() + ROUTE_MEMORY
     if request.route.face == "count":
-        call = parse_anthropic(load_request(request.body), "count")
+        call = parse_anthropic(load_request(unpacked(request)), "count")
         return json_response({"input_tokens": call.prompt_tokens()})    # an estimate: a quarter of the bytes
     return converse(request, scope)
 
@@ -5702,7 +5752,8 @@ def lacks_route(response: Response) -> bool:
     """Whether an answer means that the target has no such endpoint, rather than no such model.  LM Studio says it
     with status 200."""
     body = b"".join(response.lines[0]) if isinstance(response.lines, list) else b""
-    return (response.status in (404, 405, 501) and b"model" not in body.lower()) or b"Unexpected endpoint" in body[:200]
+    return (response.status in (404, 405, 501) and b"model" not in body.lower()) \
+        or b"Unexpected endpoint" in as_text(as_dict(load_or_none(body)).get("error")).encode()
 
 
 def observer(context: Context, model: str, steps: list) -> Callable:
@@ -5984,7 +6035,7 @@ def model_parts(data: bytes, content_type: str) -> list[tuple[int, int]]:
     while at >= 0:
         start, after = data.find(b"\r\n\r\n", at), data.find(b"\r\n" + mark, at + 1)
         head = data[at:start].lower()
-        if 0 <= start < after and re.search(rb';\s*name="?model"?\s*(;|\r|$)', head) and b"filename" not in head:
+        if 0 <= start < after and re.search(rb';\s*name="?model"?\s*(;|\r|$)', head):
             found.append((start + 4, after))
         at = after
     return found
@@ -6972,7 +7023,8 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, signal.SIG_IGN if orders else lambda *_: (insisted if asked.is_set() else asked).set())
+            signal.signal(number, signal.SIG_IGN if orders else
+                          lambda *_: (insisted if asked.is_set() else asked).set())
     if orders:
         obey = lambda: (os.read(orders, 1), asked.set(), os.read(orders, 1), insisted.set())      # noqa: E731
         threading.Thread(target=obey, name="orders", daemon=True).start()
