@@ -237,6 +237,7 @@ class ChatCall(NamedTuple):
         """An estimate for the count that the upstream did not tell: a quarter of the bytes the model reads."""
         texts = [self.prompt or "", self.suffix]
         texts += [text for message in self.messages for text in (message.content, message.thinking)]
+        texts += [call.name + str(call.arguments) for message in self.messages for call in message.tool_calls]
         texts += [tool.name + tool.description + str(tool.parameters) for tool in self.tools]
         return max(1, sum(len(text.encode("utf-8", "replace")) for text in texts) // 4)
 
@@ -309,10 +310,12 @@ class Usage(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end: `reason` is "stop" or "length" (or a word of the upstream passed through)."""
+    """The end: `reason` is "stop" or "length" (or a word of the upstream passed through), `stop` the stop string where
+    it was met here."""
 
     reason: str
     usage: Usage
+    stop: str = ""
 
 
 class Failure(NamedTuple):
@@ -2632,10 +2635,12 @@ def parse_blocks(role: str, content: Any) -> list[Message]:
 
 def parse_source(source: dict) -> Optional[Image]:
     """The `source` of an image block: base64, or a URL that the target must understand."""
-    value = source.get("data") if source.get("type") == "base64" else source.get("url")
+    plain = source.get("type") == "base64"
+    value = source.get("data") if plain else source.get("url")
     if not isinstance(value, str):
         raise BadRequest("invalid image input: a source of type base64 or url is expected")
-    return parse_image(value)
+    named = as_text(source.get("media_type")) or "image/jpeg"
+    return parse_image(f"data:{named};base64,{value}" if plain and not value.startswith("data:") else value)
 
 
 def parse_anthropic_tools(tools: Iterable) -> Iterator[Tool]:
@@ -2684,11 +2689,12 @@ class AnthropicEncoder:
             return self.error(event.error)
         if isinstance(event, Finish):
             usage = self._usage(event.usage)
-            return self._begin() + self._stop() + self._frame("message_delta", delta={
-                "stop_reason": self._reason(event), "stop_sequence": None}, usage=usage) + self._frame("message_stop")
+            delta = {"stop_reason": self._reason(event), "stop_sequence": event.stop or None}
+            return self._begin() + self._stop() + self._frame("message_delta", delta=delta, usage=usage) \
+                + self._frame("message_stop")
+        self._deltas += 1
         if isinstance(event, ToolCalls):
             return self._begin() + b"".join(map(self._encode_call, event.calls))
-        self._deltas += 1
         kind = "thinking" if isinstance(event, ThinkingDelta) else "text"
         opened = self._begin() + (b"" if self._kind == kind else self._start({"type": kind, kind: ""}))
         delta = {"type": f"{kind}_delta", kind: event.text}
@@ -2705,7 +2711,8 @@ class AnthropicEncoder:
         blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if thinking else []
         blocks += [{"type": "text", "text": content}] if content else []
         blocks += [{**self._tool_use(call), "input": call.arguments} for call in calls]
-        return dump({**self._message, "content": blocks, "stop_reason": self._reason(finish), "stop_sequence": None,
+        return dump({**self._message, "content": blocks, "stop_reason": self._reason(finish),
+                     "stop_sequence": finish.stop or None,
                      "usage": self._usage(finish.usage)})
 
     @staticmethod
@@ -2743,6 +2750,8 @@ class AnthropicEncoder:
         return {"type": "tool_use", "id": used, "name": call.name}
 
     def _reason(self, finish: Finish) -> str:
+        if finish.stop:
+            return "stop_sequence"
         return "max_tokens" if finish.reason == "length" else "tool_use" if self._called else "end_turn"
 
     def _usage(self, usage: Usage) -> dict:
@@ -2888,9 +2897,9 @@ class ResponsesEncoder:
             return self.error(event.error)
         if isinstance(event, Finish):
             return self._begin() + self._close() + self._finish(event)
+        self._deltas += 1
         if isinstance(event, ToolCalls):
             return self._begin() + self._close() + b"".join(map(self._encode_call, event.calls))
-        self._deltas += 1
         self._thought += isinstance(event, ThinkingDelta)
         kind = "reasoning" if isinstance(event, ThinkingDelta) else "message"
         frames = self._begin() + (b"" if self._item.get("type") == kind else self._close() + self._open(kind))
@@ -3186,10 +3195,11 @@ class StopStrings(Step):
         self._stops = stops
 
     def feed(self) -> Any:
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        found = [(at, stop) for at, stop in zip(map(self._held.find, self._stops), self._stops) if at >= 0]
         if not found:
             return self.take(partial_at(self._stops, self._held))
-        return [TextDelta(self.take(min(found))), Finish("stop", Usage())]
+        at, stop = min(found)
+        return [TextDelta(self.take(at)), Finish("stop", Usage(), stop)]
 
 
 class Reasoning(Step):
@@ -5202,7 +5212,7 @@ _VALUE_REFUSED = re.compile(
     r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
     r"|both be specified|only be set to|Supported values", re.I)
 _CONTEXT_OVERFLOW = re.compile(
-    r"context.{0,20}(length|size|window)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
+    r"context.{0,20}(length|size|window|limit)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 # The refusal asks for more of something, which is no reason to leave it out.
 _DEMANDS = re.compile(
     r"(must be|needs? to be) (passed|provided|included|present|set|sent)|(is|are) (missing|required)|[Mm]issing")
@@ -5618,7 +5628,7 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
     """
     context, patient_until = scope.context, time.monotonic() + scope.context.config.timeout
     attempt = before = context.healer.known(where)
-    refused = ""
+    refused, remedies = "", 0
     while True:
         wire = attempt.body(render)
         path, data = context.path(native or wire.path == "/infill", wire.path), dump(wire.body)
@@ -5637,8 +5647,8 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
             told = dict(error.headers).get("Retry-After", "")
             scope.pause(min(max(float(told) if re.fullmatch("[0-9]{1,4}", told) else 1.0, 1.0), 30.0))
             continue
-        refusal_text = re.sub(r"(?=[\w-]*[0-9])[\w-]{8,}", "", error.message)      # without ids of requests
-        if refusal_text == refused:     # the last remedy changed nothing
+        refusal_text = re.sub("[0-9]+", "", error.message)      # without ids of requests
+        if refusal_text == refused and not (attempt.edits and attempt.edits[-1][1]):    # the last remedy was no help
             attempt = before._replace(tried=attempt.tried)
             wire = attempt.body(render)
             data = dump(wire.body)
@@ -5646,10 +5656,10 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
         healed: Optional[Attempt] = attempt
         while healed is not None and dump(healed.body(render).body) == data:        # that remedy changes nothing
             attempt = attempt._replace(tried=healed.tried)
-            healed = context.healer.heal(error, wire.body, attempt, kept) if len(attempt.tried) < 12 else None
+            healed = context.healer.heal(error, wire.body, attempt, kept) if remedies < 6 else None
         if healed is None:
             raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
-        attempt = healed
+        attempt, remedies = healed, remedies + 1
 
 
 def unpacked(request: Request) -> bytes:
@@ -6079,6 +6089,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
             info = context.catalogue.resolve(data[start:end].decode("utf-8", "replace"), True)
             data = data[:start] + info.id.encode() + data[end:]
     elif data and (written and request.method == "POST" or context.catalogue.filtered):
+        if not written and media_type.rpartition("/")[2] in ("x-ndjson", "ndjson", "jsonl", "json-seq"):
+            raise BadRequest("many values in one body cannot be looked into for the filter", 415)
         data, body = load_relayed(context, data)
         name = body.get("model")
         if isinstance(name, str) and name:
