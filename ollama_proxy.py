@@ -3199,7 +3199,8 @@ class StopStrings(Step):
         if not found:
             return self.take(partial_at(self._stops, self._held))
         at, stop = min(found)
-        return [TextDelta(self.take(at)), Finish("stop", Usage(), stop)]
+        text = self.take(at)
+        return ([TextDelta(text)] if text else []) + [Finish("stop", Usage(), stop)]
 
 
 class Reasoning(Step):
@@ -4938,7 +4939,8 @@ class Catalogue:
                 + [("models filter", pattern.lstrip("! ")) for pattern in self._patterns]:
             bare = re.sub(":(latest|proxy)$", "", pattern.lower())
             if not any(fnmatch.fnmatchcase(form, one) for name in ids for one in (pattern.lower(), bare)
-                       for form in (name.lower(), short_name(name).lower(), self.shown_name(name).lower())):
+                       for form in (name.lower(), name.lower().removesuffix(":latest"), short_name(name).lower(),
+                                    self.shown_name(name).lower())):
                 self._say(f"{flag} {pattern}: the target lists no such model{did_you_mean(pattern, ids)}")
 
     def _probe(self, models: list, native: bool) -> None:
