@@ -5212,7 +5212,7 @@ REMEDIES = (
 )
 _VALUE_REFUSED = re.compile(
     r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
-    r"|both be specified|only be set to|Supported values", re.I)
+    r"|both be specified|only be set to|Supported values|invalid schema|schema conversion|grammar", re.I)
 _CONTEXT_OVERFLOW = re.compile(
     r"context.{0,20}(length|size|window|limit)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 # The refusal asks for more of something, which is no reason to leave it out.
@@ -5305,7 +5305,7 @@ class Healer:
             attempted = (remedy, told and told.string)
             if attempted in attempt.tried or (remedy.edit and remedy.key in kept):
                 continue
-            lesson = remedy.lesson and (lasting or remedy.edit is not _drop)
+            lesson = remedy.lesson and (lasting or remedy.edit not in (_drop, _schema_in_words))
             tried, words = attempt.tried + (attempted,), attempt.words + ((remedy.words,) if lesson else ())
             habits = attempt.habits._replace(**(remedy.habits(told) if callable(remedy.habits) else remedy.habits))
             if habits != attempt.habits:

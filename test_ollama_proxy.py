@@ -3334,7 +3334,10 @@ OTHERWISE = [
      "Gemini": "Function calling with a response mime type: 'application/json' is unsupported",
      "Groq": "json mode cannot be combined with tool/function calling",
      "Cerebras": '"tools" is incompatible with "response_format"'}),
-    ("a schema for answers", {"messages": [HI], "format": {**FORMAT, "type": ["object", "null"]}}, in_words, None, {
+    ("no schemas for answers", {"messages": [HI], "format": FORMAT}, in_words, None, {
+    "DeepSeek": "This response_format type is unavailable now"}),
+    ("one schema for answers", {"messages": [HI], "format": {**FORMAT, "type": ["object", "null"]}}, in_words,
+     ({"messages": [HI], "format": FORMAT}, lambda body: "response_format" in body), {
     "OpenAI": (400, {"error": {"param": "response_format", "code": "invalid_json_schema", "message": "Invalid schema "
                "for response_format 'response': schema must be a JSON Schema of 'type: \"object\"', got 'type: "
                "\"['object', 'null']\"'."}}),
@@ -3343,8 +3346,7 @@ OTHERWISE = [
     "llama.cpp's grammars": (500, {"error": {"code": 500, "message": '"json_schema": JSON schema conversion failed:\n'
                                                                      'Unbalanced parentheses'}}),
     "llama.cpp's samplers": "Failed to initialize samplers: failed to parse grammar",
-    "vLLM": "The provided JSON schema contains features not supported by xgrammar.",
-    "DeepSeek": "This response_format type is unavailable now"}),
+    "vLLM": "The provided JSON schema contains features not supported by xgrammar."}),
     ("streams", {"messages": [HI]}, lambda body: body["stream"] is False and "stream_options" not in body, None, {
     "OpenAI": (400, {"error": {"param": "stream", "code": "unsupported_value", "message": "Your organization must be "
                "verified to stream this model. Please go to: https://platform.openai.com/settings/organization/"
