@@ -992,7 +992,7 @@ OLLAMA_FIELDS = {
     "raw": bool, "context": list, "images": list, "stream": bool, "options": dict, "tools": list, "tool_choice": object,
     "format": object, "think": object, "keep_alive": object, "logprobs": bool, "top_logprobs": int, "truncate": bool,
     "shift": bool, "dimensions": int, "input": object, "verbose": bool, "insecure": bool, "username": str,
-     "password": str}
+    "password": str}
 MESSAGE_FIELDS = {"role": str, "content": object, "thinking": str, "images": list, "tool_calls": list,
                   "tool_name": str, "tool_call_id": str}
 CALL_FIELDS = {"id": str, "function": dict, "name": str, "arguments": object}
@@ -1415,8 +1415,9 @@ def arrange(messages: tuple, habits: Habits) -> tuple:
         for turn in messages:
             last = joined[-1] if joined else None
             if last is not None and last.role == turn.role != "tool" and not last.tool_calls:
-                text = "\n\n".join(filter(None, (last.content, turn.content)))
-                joined[-1] = turn._replace(content=text, images=last.images + turn.images)
+                text, thinking = ("\n\n".join(filter(None, pair)) for pair in (
+                    (last.content, turn.content), (last.thinking, turn.thinking)))
+                joined[-1] = turn._replace(content=text, thinking=thinking, images=last.images + turn.images)
             elif turn.role == "assistant" and (last is None or last.role == "system"):
                 joined += [Message("user", "(start)"), turn]       # a greeting: templates want a question first
             else:
@@ -2303,6 +2304,7 @@ class OpenAIDecoder:
         return events
 
     def _paired(self, kind: str, text: str) -> str:
+        """`text` in whole characters: half a surrogate pair waits for the other half in a later frame."""
         text = self._halves.pop(kind, "") + text if self._halves else text
         if text.isascii():
             return text
@@ -2320,7 +2322,7 @@ class OpenAIDecoder:
         if not self._any and not self._reason:
             return self._fail(StreamTruncated("upstream sent an empty response"))
         self.done = True
-        events: list = [TextDelta("\ufffd")] if "text" in self._halves else []
+        events: list = [(TextDelta if kind == "text" else ThinkingDelta)("\ufffd") for kind in self._halves]
         if calls:
             events.append(ToolCalls(tuple(call._replace(name=self._names.get(call.name, call.name)) for call in calls)))
         return events + [Finish(reason, read_usage(self._usage, self._timings))]
@@ -2370,6 +2372,9 @@ def whole_logprob(item: dict) -> dict:
     return {**spelt(item), "top_logprobs": list(map(spelt, item.get("top_logprobs", ())))}
 
 
+# How servers say that prompt and answer do not fit.
+CONTEXT_OVERFLOW = re.compile(
+    r"context.{0,20}(length|size|window|limit)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 _ERROR_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.I | re.S)
 
 
@@ -3010,7 +3015,7 @@ class ResponsesEncoder:
 
 def _failure_code(error: ProxyError) -> str:
     """What Codex and the SDKs read: which failures are final, and which are worth another try."""
-    if re.search(r"context.{0,20}(length|size|window)|too many tokens", error.message, re.I):
+    if CONTEXT_OVERFLOW.search(error.message):
         return "context_length_exceeded"
     codes = {402: "insufficient_quota", 429: "rate_limit_exceeded", 503: "server_is_overloaded",
              529: "server_is_overloaded"}
@@ -3459,6 +3464,11 @@ class UsageError(Exception):
     """A setting that cannot be used: one line for the user, exit status 2."""
 
 
+def bracketed(host: str) -> str:
+    """A host as URLs write it (RFC 3986 section 3.2.2)."""
+    return f"[{host}]" if ":" in host else host
+
+
 class Target(NamedTuple):
     """Whom we call.  `root` has no path of the API's own, `base` is where /chat/completions hangs."""
 
@@ -3486,8 +3496,8 @@ class Target(NamedTuple):
     @property
     def authority(self) -> str:
         """host[:port] as the Host header wants it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        plain = self.port == {"http": 80, "https": 443}[self.scheme]
+        return bracketed(self.host) + ("" if plain else f":{self.port}")
 
     def __repr__(self) -> str:
         return f"Target({self.url})"
@@ -3749,6 +3759,12 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     def reasoning_keys(self) -> tuple:
         """The keys under which an OpenAI client finds thinking."""
         return ("reasoning_content", "reasoning") if self.reasoning_field == "both" else (self.reasoning_field,)
+
+    @property
+    def key_source(self) -> str:
+        """Where the key for the target came from, or may be set."""
+        source = self.sources["api_key"]
+        return {"flag": "--api-key", "default": "none is set: --api-key"}.get(source, source)
 
     @property
     def secrets(self) -> tuple:
@@ -4617,8 +4633,8 @@ def read_model(entry: dict) -> Optional[ModelInfo]:
         told["running"] = (entry.get("state") or status.get("value")) == "loaded"
     elif owner in ("vllm", "sglang"):
         told.update(running=True, context_now=told.get("context_now") or told.get("context"))
-    elif owner == "llamacpp" and as_dict(entry.get("meta")):
-        told.update(running=True, format=told.get("format", "gguf"))
+    if owner == "llamacpp" and as_dict(entry.get("meta")):
+        told = {"running": True, "format": "gguf", **told}
     arguments = list(map(str, as_list(status.get("args"))))
     for flag, value in zip(arguments, arguments[1:]):
         if flag in ("--ctx-size", "-c") and value.isdigit():
@@ -4893,7 +4909,8 @@ class Catalogue:
             models = read_models(payload) if status < 400 else None
             if models is None:
                 page = " (a web page, no API: is the address right?)" * ("html" in headers.get("content-type", ""))
-                sentence = error_sentence(payload) or f"HTTP {status}{page}"
+                key = f" (key: {self._config.key_source})" * (status in (401, 403))
+                sentence = (error_sentence(payload) or f"HTTP {status}{page}") + key
                 self._guess()
                 raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
             self._take(models)
@@ -4936,7 +4953,7 @@ class Catalogue:
         ids = [info.id for info in self._models or ()]
         for flag, pattern in [("--set", pattern) for pattern, _ in self._config.set] \
                 + [("--alias", model) for _, model in self._config.alias] \
-                + [("models filter", pattern.lstrip("! ")) for pattern in self._patterns]:
+                + [("models filter", pattern) for pattern in self._patterns if pattern[0] != "!"]:
             bare = re.sub(":(latest|proxy)$", "", pattern.lower())
             if not any(fnmatch.fnmatchcase(form, one) for name in ids for one in (pattern.lower(), bare)
                        for form in (name.lower(), name.lower().removesuffix(":latest"), short_name(name).lower(),
@@ -5091,10 +5108,12 @@ class Remedy(NamedTuple):
 _SCHEMA_REFUSED = (r"grammar.{0,60}(pars|fail)|fail.{0,40}grammar|grammar error|schema conversion failed|xgrammar"
                    r"|unsupported JSON schema|(JSON|tool|input_?|function).{0,20}schema.{0,60}"
                    r"(invalid|not supported|unsupported|unrecogni)")
-# Told by a refusal's text, in the order in which they are tried.  Above each stands a server that wants it.
+_NO_THINKING = r"does not support thinking|think value .* is not supported"
+# Told by a refusal's text, whatever its case, in the order in which they are tried.  Above each stands a server that
+# wants it.
 SYMPTOMS = (
     # Ollama
-    Remedy("think is left out", "think", _drop, r"does not support thinking|think value .* is not supported"),
+    Remedy("think is left out", "think", _drop, _NO_THINKING),
     # DeepSeek (deepseek-ai/DeepSeek-V3#69), and most others
     Remedy("numbers are brought into the range that it takes", "", _clamp,
            r"(?:range.{0,30}|be in )\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
@@ -5115,8 +5134,7 @@ SYMPTOMS = (
     # Claude behind a gateway (farion1231/cc-switch#1181); OpenAI, which takes 40
     Remedy("tool call ids are at most 40 letters, digits, - and _", "messages", None,
            r"(tool_use\.id|tool_?use_?id|tool_call_?id|tool_calls?\S*\.id)\S{0,3} ?.{0,80}"
-           r"(pattern|match|invalid|too long)",
-           {"tool_ids": "plain"}),
+           r"(pattern|match|invalid|too long)", {"tool_ids": "plain"}),
     # OpenAI, Azure, DeepSeek (defilantech/LLMKube#1525)
     Remedy("tools get names of letters, digits, - and _", "messages", None,
            r"function\.name|tools\S*\.name|(function|tool) names?.{0,80}(pattern|match|characters|contain|invalid)"
@@ -5131,7 +5149,7 @@ SYMPTOMS = (
            _SCHEMA_REFUSED),
     # Mistral
     Remedy("an assistant turn stands between results and a question", "messages", None,
-           r"[Uu]nexpected role .?user.? after role .?tool", {"bridge": True}),
+           r"unexpected role .?user.? after role .?tool", {"bridge": True}),
     # Templates of Gemma and Mistral at llama.cpp (ggml-org/llama.cpp#19851)
     Remedy("neighbouring turns of one role are joined", "messages", None,
            r"roles must alternate|alternate (between|with)|successive user or|start with a user message"
@@ -5139,8 +5157,7 @@ SYMPTOMS = (
     # Templates of Qwen, at Ollama too (ollama/ollama#16988)
     Remedy("all system texts stand in one turn at the beginning", "messages", None,
            r"system message.{0,30}(beginning|first)|only one system|multiple system|unexpected role .?system"
-           r"|initial optional system message",
-           {"system": "first"}),
+           r"|initial optional system message", {"system": "first"}),
     # Templates of Gemma; Google's own servers
     Remedy("system texts are told by the user", "messages", None,
            r"system (role|message|prompt|instruction)s?.{0,20}not (be )?(supported|enabled|allowed)"
@@ -5154,8 +5171,7 @@ SYMPTOMS = (
     # Bedrock, Claude (BerriAI/litellm#7169)
     Remedy("something stands for empty text", "messages", None,
            r"is blank|content.{0,60}(non-?empty|not be empty|is empty|cannot be empty|must have|non-whitespace)"
-           r"|empty content|with role '\w+' must not be empty",
-           {"filler": "(empty)"}),
+           r"|empty content|with role '\w+' must not be empty", {"filler": "(empty)"}),
     # Mistral, DeepSeek
     Remedy("a turn to be continued is marked as one", "messages", None,
            r"prefix.{0,20}true|last message must.{0,40}prefix|expected last role", {"prefix": True}),
@@ -5172,8 +5188,7 @@ SYMPTOMS = (
     # OpenAI, to accounts that are not verified (open-webui/open-webui#16452)
     Remedy("whole answers are asked for and given as streams", "stream", None,
            r"verified to stream|does not support stream|stream(ing)?'? is not (supported|allowed|available)"
-           r"|'stream' does not support true|in streaming mode|unsupported for streaming",
-           {"stream": "never"}),
+           r"|'stream' does not support true|in streaming mode|unsupported for streaming", {"stream": "never"}),
     # Qwen at DashScope
     Remedy("streams are asked for and given as whole answers", "stream", None,
            r"only supports? .{0,20}stream|stream(ing)?.{0,10}(must be|is) (set to |enabled|required|true)"
@@ -5190,8 +5205,7 @@ SYMPTOMS = (
     # llama.cpp (gpustack/gpustack#950)
     Remedy("texts for embeddings are cut to what it takes", "input", _cut_texts,
            r"too large to process|context (length|size)|maximum.{0,20}(length|tokens)|too (long|many tokens)"
-           r"|less than [0-9]+ tokens|allowed token size|range of input length",
-           lesson=False),
+           r"|less than [0-9]+ tokens|allowed token size|range of input length", lesson=False),
     # OpenAI
     Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens"),
            r"max_completion_tokens.? instead"),
@@ -5213,8 +5227,6 @@ REMEDIES = (
 _VALUE_REFUSED = re.compile(
     r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
     r"|both be specified|only be set to|Supported values|invalid schema|schema conversion|grammar", re.I)
-_CONTEXT_OVERFLOW = re.compile(
-    r"context.{0,20}(length|size|window|limit)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 # The refusal asks for more of something, which is no reason to leave it out.
 _DEMANDS = re.compile(
     r"(must be|needs? to be) (passed|provided|included|present|set|sent)|(is|are) (missing|required)|[Mm]issing")
@@ -5320,7 +5332,7 @@ class Healer:
         """(remedy, match of its pattern), likeliest first."""
         text = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", error.message[:20000])        # 8,192 is 8192
         limit = next((key for key in ("max_tokens", "max_completion_tokens") if key in body), None)
-        if limit and _CONTEXT_OVERFLOW.search(text) \
+        if limit and CONTEXT_OVERFLOW.search(text) \
                 and not re.search(f"unsupported|not supported|{limit} must", text, re.I):
             yield Remedy("", limit, _drop, lesson=False), None
             return
@@ -5418,11 +5430,12 @@ def request_dialect(request: Optional[Request]) -> Dialect:
 
 class Response:
     """What the client gets: `lines`, lists of pieces as they come, `length` bytes altogether if that is known; a whole
-    `body` is one of them."""
+    `body` is one of them.  `failure` is the reason of an error that is passed on, for the log."""
 
     def __init__(self, status: int, body: bytes = b"", media_type: str = JSON, headers: Iterable = (),
                  lines: Optional[Iterable] = None, length: Optional[int] = None) -> None:
-        self.status, self.media_type, self.headers, self.reason = status, media_type, tuple(headers), ""
+        self.status, self.media_type, self.headers = status, media_type, tuple(headers)
+        self.reason = self.failure = ""
         self.lines, self.length = ([[body]], len(body)) if lines is None else (lines, length)
 
 
@@ -5655,12 +5668,13 @@ def send(scope: Scope, request: Request, native: bool, where: tuple, render: Cal
             wire = attempt.body(render)
             data = dump(wire.body)
         before, refused = attempt, refusal_text
-        healed: Optional[Attempt] = attempt
-        while healed is not None and dump(healed.body(render).body) == data:        # that remedy changes nothing
-            attempt = attempt._replace(tried=healed.tried)
+        while True:
             healed = context.healer.heal(error, wire.body, attempt, kept) if remedies < 6 else None
-        if healed is None:
-            raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
+            if healed is None:
+                raise meant_for_ollama(error) if request.route.dialect is OLLAMA else error
+            if dump(healed.body(render).body) != data:
+                break
+            attempt = attempt._replace(tried=healed.tried)      # that remedy changes nothing
         attempt, remedies = healed, remedies + 1
 
 
@@ -5674,9 +5688,8 @@ def unpacked(request: Request) -> bytes:
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
     """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
     if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.authorization_of(request):
-        source = context.config.sources["api_key"]
-        where = {"flag": "--api-key", "default": "none is set: --api-key"}.get(source, source)
-        return UpstreamError(f"{context.target.url} refused the key of this proxy ({where}): {error.message}", 502)
+        text = f"{context.target.url} refused the key of this proxy ({context.config.key_source}): {error.message}"
+        return UpstreamError(text, 502)
     return error
 
 
@@ -5750,8 +5763,8 @@ def relay_or_translate(request: Request, scope: Scope) -> Response:
     if how == "never" or (how == "auto" and context.absent.get(request.path, 0.0) < time.monotonic()):
         response = relay_openai(request, scope)
         if how == "never" or not lacks_route(response):
-            if response.status in (401, 403, 404):
-                response.headers = [*response.headers, ("x-should-retry", "false")]     # SDKs ask again otherwise
+            if response.status in (401, 403, 404) and "x-should-retry" not in dict(response.headers):
+                response.headers += (("x-should-retry", "false"),)      # SDKs ask again otherwise
             return response
         context.absent[request.path] = time.monotonic() + ROUTE_MEMORY
     if request.route.face == "count":
@@ -6010,9 +6023,11 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         if body is None:
             log.debug(f"Target response: {error.status} {error.message}")
             text = log.redact(error.raw.decode("latin-1")).encode("latin-1")
-            if not text:                # an empty error body looks like success to several clients
-                return json_response(request_dialect(request).render_error(error), error.status, answer[1])
-            return Response(error.status, text, answer[0] or TEXT, answer[1])
+            # An empty error body looks like success to several clients.
+            response = Response(error.status, text, answer[0] or TEXT, answer[1]) if text else \
+                json_response(request_dialect(request).render_error(error), error.status, answer[1])
+            response.failure = (blame_our_key(scope.context, error, request) if key else error).message
+            return response
     length = None if "content-encoding" in reply.headers else reply.length
     if request.method == "HEAD" or reply.status in (204, 304):
         return Response(reply.status, b"", *answer, lines=(), length=length)
@@ -6078,9 +6093,9 @@ def relay_openai(request: Request, scope: Scope) -> Response:
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    written = not request.packed and media_type.rpartition("+")[2] in ("application/json", "text/json", "json") or (
-        not request.packed and media_type in ("", "text/plain", "application/x-www-form-urlencoded")
-                                       and data.lstrip()[:1] == b"{")
+    written = not request.packed and (
+        media_type.rpartition("+")[2] in ("application/json", "text/json", "json")
+        or (media_type in ("", "text/plain", "application/x-www-form-urlencoded") and data.lstrip()[:1] == b"{"))
     if context.catalogue.filtered:
         context.catalogue.refuse_hidden(urllib.parse.unquote(f"{request.path}?{request.query}"))
     if data and media_type == "multipart/form-data":
@@ -6091,8 +6106,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
             info = context.catalogue.resolve(data[start:end].decode("utf-8", "replace"), True)
             data = data[:start] + info.id.encode() + data[end:]
     elif data and (written and request.method == "POST" or context.catalogue.filtered):
-        if not written and media_type.rpartition("/")[2] in ("x-ndjson", "ndjson", "jsonl", "json-seq"):
-            raise BadRequest("many values in one body cannot be looked into for the filter", 415)
+        if not written and load_or_none(data) is None:
+            raise BadRequest("the body is not one JSON object: it cannot be looked into for the filter", 415)
         data, body = load_relayed(context, data)
         name = body.get("model")
         if isinstance(name, str) and name:
@@ -6131,7 +6146,7 @@ def relay_native(request: Request, scope: Scope) -> Response:
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
-        if "think" not in injected or not re.search(SYMPTOMS[0].pattern, error.message):
+        if "think" not in injected or not re.search(_NO_THINKING, error.message, re.I):
             return None
         return dump({**body, **{key: value for key, value in injected.items() if key != "think"}})
 
@@ -6227,6 +6242,8 @@ ROUTES = {
 _ARGUMENTS = {"/api/blobs/": "{digest}", "/v1/models/": "{id}"}        # paths that end in one
 # What is relayed.  TRACE would echo our own key to the client, CONNECT would make us an open proxy.
 RELAYED_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
 def find_route(request: Request, context: Context) -> Route:
     """The row for a request.  Raises BadRequest 404, or 405 with Allow."""
     path, start = request.path, "/".join(request.path.split("/")[:3]) + "/"
@@ -6754,6 +6771,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if out or chunked:
             self.wire.send(out + (LAST_CHUNK if chunked else b""))
         self.close_connection = not keep
+        self._error_text = self._error_text or response.failure
         if failure is not None:
             self.context.log.say(f"stream of {request.method} {request.path} broke: {failure}")
         self._log(response.status)
@@ -6892,15 +6910,14 @@ def client_url(server: ProxyServer) -> str:
     """What a client on this machine puts into its settings."""
     host = server.server_name
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-    return f"{'https' if server.context.config.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:" \
-           f"{server.server_port}"
+    return f"{'https' if server.context.config.tls_cert else 'http'}://{bracketed(host)}:{server.server_port}"
 
 
 def banner(server: ProxyServer) -> None:
     """Who listens where, what the target is and serves, and the line to paste into a client."""
     context = server.context
     config, url = context.config, client_url(server)
-    everywhere = f"{server.server_name or '0.0.0.0'}:{server.server_port}"
+    everywhere = f"{bracketed(server.server_name or '0.0.0.0')}:{server.server_port}"
     if not server.loopback and not config.client_key:
         context.log.say(f"warning: everybody who reaches {everywhere} can use the target and its key; "
                         "set --client-key or listen on 127.0.0.1")

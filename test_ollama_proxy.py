@@ -587,6 +587,8 @@ STREAMS = [
     ("F128 halves in reasoning", "chat",
      sse(delta(reasoning_content="so \ud83d"), delta(reasoning_content="\ude00"), delta("ok"), STOP),
      lines("ok", thinking="so \U0001f600")),
+    ("F128b half a pair that reasoning ends with", "chat",
+     sse(delta(reasoning_content="so \ud83d"), STOP), lines(thinking="so \ufffd")),
     ("F129 halves in the arguments of a call", "chat",
      sse(call_delta(part("f", '{"x":"\ud83d', index=0, id="a")), call_delta(part(None, '\ude00"}', index=0)),
          TOOLS_END),
@@ -8274,7 +8276,7 @@ def test_a_target_is_read_as_it_was_pasted(given, url):
 
 
 def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, target):
-    Path("models-filter.txt").write_text("m\nqwen3*\nlama*\n")
+    Path("models-filter.txt").write_text("m\nqwen3*\nlama*\n!*-preview\n")      # an exception need not be met
     proxy = start("--target-api", "openai", "--alias", "fast=mm", "--set", "qwem3*:num_ctx=5")
     names_of(proxy)
     for text in ("--alias mm: the target lists no such model", "--set qwem3*: the target lists no such model",
@@ -8282,6 +8284,38 @@ def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, targe
         proxy.wait_logged(text)
     names_of(proxy)
     assert sum("lists no such model" in line for line in proxy.errors) == 3
+
+
+@cases("argv, status, why", [
+    ((), 400, "no such thing"), (("--api-key", "sk-target-1"), 401, "refused the key of this proxy (--api-key): no such"),
+    ((), 403, "refused the key of this proxy (none is set: --api-key): no such thing")])
+@cases("path", ["/v1/chat/completions", "/v1/messages"])
+def test_the_log_says_why_a_relayed_request_was_refused(start, target, path, argv, status, why):
+    target.answers[path] = http_answer({"error": {"message": "no such thing"}}, status)
+    proxy = start("--target-api", "openai", *argv)
+    answer = proxy.post(path, CHAT)
+    assert answer.status == status and json.loads(answer.data)["error"]["message"] == "no such thing"
+    line = proxy.wait_logged(f"POST {path} HTTP/1.1")
+    assert why in line and line.endswith('"')
+
+
+@cases("argv, source", [((), "none is set: --api-key"), (("--api-key", "sk-target-1"), "--api-key")])
+def test_a_list_that_wants_a_key_names_the_flag(start, target, argv, source):
+    target.answers["/v1/models"] = http_answer({"error": {"message": "Authentication Error"}}, 401)
+    proxy = start("--target-api", "openai", *argv)
+    proxy.post("/api/show", {"model": "m"})
+    proxy.wait_logged(f"gave no model list: Authentication Error (key: {source})")
+
+
+def test_joined_turns_keep_what_was_thought_in_both(start, ollama_target):
+    refusal = http_answer({"error": "Conversation roles must alternate user/assistant/user/..."}, 400)
+    ollama_target.answers["/api/chat"] = [refusal, http_answer(NATIVE_WHOLE)]
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "reasoning_content": "one"},
+            {"role": "assistant", "content": "b", "reasoning_content": "two"}, {"role": "user", "content": "go"}]
+    answer = start("--target-api", "ollama").post("/v1/chat/completions", {"model": "llama3", "messages": said})
+    assert answer.status == 200
+    assert ollama_target.calls("/api/chat")[-1].json["messages"][1] == {
+        "role": "assistant", "content": "a\n\nb", "thinking": "one\n\ntwo"}
 
 
 def test_an_unknown_model_is_answered_with_the_nearest_name(start, target):
