@@ -1495,7 +1495,10 @@ def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: 
 
 
 class OllamaDecoder:
-    """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close()."""
+    """NDJSON of /api/chat or /api/generate -> events.  feed(bytes), then close().
+
+    Holds tool calls until the end: agents would run those of an answer that breaks off.
+    """
 
     frame_end = b"\n"
     taken = 0                           # frames that left more behind than their events: none do here
@@ -1503,6 +1506,7 @@ class OllamaDecoder:
     def __init__(self, call: ChatCall) -> None:
         self._lines = LineDecoder()
         self._logprobs = call.logprobs is not None
+        self._calls: tuple = ()
         self.done = False
 
     @property
@@ -1533,9 +1537,15 @@ class OllamaDecoder:
         for line in lines:
             if line.strip() and not self.done:
                 answer = load_or_none(line)
-                events += decode_ollama_answer(answer) if isinstance(answer, dict) else [Failure(
-                    BadUpstreamPayload(f"upstream sent a line that is not JSON: {one_line(line)}"))]
-                self.done = bool(events) and isinstance(events[-1], (Finish, Failure))
+                for event in decode_ollama_answer(answer) if isinstance(answer, dict) else [Failure(
+                        BadUpstreamPayload(f"upstream sent a line that is not JSON: {one_line(line)}"))]:
+                    self.done = isinstance(event, (Finish, Failure))
+                    if isinstance(event, ToolCalls):
+                        self._calls += event.calls
+                        continue
+                    if isinstance(event, Finish) and self._calls:
+                        events.append(ToolCalls(self._calls))
+                    events.append(event)
         return events
 
 

@@ -5823,6 +5823,18 @@ def wait_asked(target, content, count):
         assert target.asked.wait_for(lambda: found() >= count, PATIENCE), (content, found())
 
 
+def asked_by(target, content):
+    """The replica that last asked the target this: its mark in the header that finds loops."""
+    return [request.headers["x-ollama-proxy"] for request in target.calls("/v1/chat/completions")
+            if request.json["messages"][0]["content"] == content][-1]
+
+
+def replica_name(target, port):
+    """The mark of the replica on this port."""
+    assert outcome(port, f"who listens on {port}?") == "whole"
+    return asked_by(target, f"who listens on {port}?")
+
+
 class Chats:
     """Chats in threads of their own: `count` at once, each one or, with `again`, one after the other until stop()."""
 
@@ -5885,10 +5897,14 @@ def test_replicas_die_and_return_and_no_request_that_had_not_begun_is_lost(balan
         f"127.0.0.1:1150{at}": f"127.0.0.1:{port}" for at, port in enumerate(ports, 1)})
     try:
         wait_listening(front)
+        names = [replica_name(target, port) for port in ports]
         load = Chats(front, 4, again=True)
 
         held = Chats(front, 6, "held")          # one replica dies with requests in its hands
         wait_asked(target, "held", 6)
+        busy = names.index(asked_by(target, "held"))
+        for row in (replicas, ports):           # it is the first from now on
+            row.insert(0, row.pop(busy))
         replicas[0].kill()
         wait_asked(target, "held", 7)
         target.go.set()
@@ -8305,6 +8321,18 @@ def test_a_list_that_wants_a_key_names_the_flag(start, target, argv, source):
     proxy = start("--target-api", "openai", *argv)
     proxy.post("/api/show", {"model": "m"})
     proxy.wait_logged(f"gave no model list: Authentication Error (key: {source})")
+
+
+@cases("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
+def test_calls_of_an_answer_that_breaks_off_are_not_for_running(start, ollama_target, path):
+    call = {"function": {"name": "rm", "arguments": {"x": 1}}}
+    lines = [{"message": {"role": "assistant", "content": "I go."}, "done": False},
+             {"message": {"role": "assistant", "content": "", "tool_calls": [call]}, "done": False}]
+    ollama_target.answers["/api/chat"] = http_stream(b"".join(json.dumps(line).encode() + b"\n" for line in lines),
+                                                     "application/x-ndjson")
+    body = {"model": "llama3", "messages": [HI], "input": "hi", "max_tokens": 50, "stream": True}
+    data = start("--target-api", "ollama", "--translate", "always").post(path, body).data
+    assert b"I go." in data and b"before finishing" in data and b'"rm"' not in data
 
 
 def test_joined_turns_keep_what_was_thought_in_both(start, ollama_target):
