@@ -2386,6 +2386,8 @@ def whole_logprob(item: dict) -> dict:
 CONTEXT_OVERFLOW = re.compile(
     r"context.{0,20}(length|size|window|limit)|maximum context|exceeds? the available|too many tokens|n_ctx", re.I)
 _ERROR_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.I | re.S)
+# What nginx, Go and Apache answer to plain HTTP on a port for TLS.
+_PLAIN_TO_TLS = re.compile(r"plain HTTP request was sent to HTTPS|HTTP request to an HTTPS|plain HTTP to an SSL", re.I)
 
 
 def error_text(data: bytes, status: int) -> str:
@@ -2398,6 +2400,8 @@ def error_text(data: bytes, status: int) -> str:
             text = str(title[1].strip(), "utf-8", "replace")
         elif data.lstrip()[:1] not in (b"<", b"{", b"["):
             text = str(data.strip()[:500], "utf-8", "replace")
+    if _PLAIN_TO_TLS.search(text):
+        text += ": write https:// instead of http://"
     return text or f"upstream returned HTTP {status}"
 
 
@@ -3504,6 +3508,11 @@ class Target(NamedTuple):
         return f"{self.scheme}://{self.authority}{self.base}"
 
     @property
+    def root_url(self) -> str:
+        """The same of an Ollama."""
+        return f"{self.scheme}://{self.authority}{self.root}"
+
+    @property
     def authority(self) -> str:
         """host[:port] as the Host header wants it."""
         plain = self.port == {"http": 80, "https": 443}[self.scheme]
@@ -4500,8 +4509,12 @@ class Upstream:
         except (OSError, http.client.HTTPException, ValueError) as error:
             scope.check()
             through = f" through the proxy {host}:{port}" if via else ""
-            kind = UpstreamTimeout if isinstance(error, socket.timeout) else UpstreamUnreachable
-            raise kind(f"cannot reach {target.url}{through}: {reason_of(error)}") from None
+            kind, reason = UpstreamUnreachable, reason_of(error)
+            if isinstance(error, socket.timeout):
+                kind = UpstreamTimeout
+                if connection.sock is not None and not via:     # it is connected, but says nothing that is TLS
+                    reason = "no TLS handshake came: if none is spoken there, write http:// instead of https://"
+            raise kind(f"cannot reach {target.url}{through}: {reason}") from None
         return TargetWire(connection, target.url)
 
 
@@ -4753,6 +4766,7 @@ class Catalogue:
         self._guessed = False                   # the target has no list: these are configured names
         self._said = ""                         # what was wrong last time
         self.hidden = 0                         # models that the filter keeps from clients
+        self.silence: Optional[UpstreamError] = None    # why the target could not be asked what it speaks
 
     # -- asking
 
@@ -4761,7 +4775,7 @@ class Catalogue:
         for _ in range(2):              # a refresh that began before metadata was wanted may end without it
             self._update(PROBE_TIMEOUT if self._models is None else 1.0, details)
         if self._models is None:
-            raise self._error or UpstreamUnreachable("the target's model list is not known yet")
+            raise self._error or self.silence or UpstreamUnreachable("the target's model list is not known yet")
         return self._listed
 
     def resolve(self, name: str, unlisted: bool = False) -> ModelInfo:
@@ -4828,7 +4842,7 @@ class Catalogue:
         """Builds everything that look-ups need, with the lock held.  The first that takes a name keeps it."""
         models = self._models or []
         shorts = collections.Counter(short_name(info.id) for info in models)
-        listed, aliased, short_forms, names, hidden = [], [], [], {}, 0
+        listed, short_forms, names, hidden = [], {}, {}, 0
         for info in models:
             info = merge_info(info, self._details.get(info.id, ModelInfo(info.id)))
             short = short_name(info.id)
@@ -4842,13 +4856,16 @@ class Catalogue:
                 continue
             names[info.id] = info
             if shorts[short] == 1:
-                short_forms.append((short, info))
+                short_forms[short] = info
             listed += [info] if "other" not in info.traits else []
-            aliased += [(alias, info._replace(alias=alias, shown=self.shown_name(alias))) for alias in own]
-        for name, info in aliased + short_forms:
-            if info.alias and name not in names:    # an id that exists is never shadowed
-                listed.append(info)
-            names.setdefault(name, info)
+        reached = {**short_forms, **names}
+        for alias, model in self._config.alias:     # what it means may stand in no list, as Azure's deployments
+            info = reached.get(model) or reached.get(f"{model}:latest") or ModelInfo(model)
+            if "*" not in alias and alias not in names and self._allowed(info, [alias]):    # an id is never shadowed
+                names[alias] = info._replace(alias=alias, shown=self.shown_name(alias),
+                                             capabilities=self._capabilities(info))
+                listed.append(names[alias])
+        names = {**short_forms, **names}
         for name in list(names):
             names.setdefault(name.lower(), names[name])
         self._names, self.hidden = names, hidden
@@ -4918,9 +4935,11 @@ class Catalogue:
             status, headers, payload = self._fetch(native, "/api/tags" if native else "/models", LIST_TIMEOUT)
             models = read_models(payload) if status < 400 else None
             if models is None:
-                page = " (a web page, no API: is the address right?)" * ("html" in headers.get("content-type", ""))
+                # A gateway's page says what is wrong by itself: "502 Bad Gateway".
+                page = "html" in headers.get("content-type", "") and status not in (400, 502, 503, 504)
+                page = " (a web page, no API: is the address right?)" * page
                 key = f" (key: {self._config.key_source})" * (status in (401, 403))
-                sentence = (error_sentence(payload) or f"HTTP {status}{page}") + key
+                sentence = (error_sentence(payload) or f"HTTP {status}") + page + key
                 self._guess()
                 raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
             self._take(models)
@@ -5564,7 +5583,7 @@ class Context:
                 try:
                     self._api = "ollama" if self._is_ollama() else "openai"
                 except UpstreamError as error:          # down, or hung: an Ollama answers this at once
-                    hung = isinstance(error, UpstreamTimeout)
+                    self.catalogue.silence, hung = error, isinstance(error, UpstreamTimeout)
                     self._ask_again = time.monotonic() + (10 * FAILURE_MEMORY if hung else FAILURE_MEMORY)
         return self._api or "openai"
 
@@ -5608,11 +5627,15 @@ class Context:
         return whole + (f"{'&' if '?' in whole else '?'}{query}" if query else "")
 
     def fetch(self, native: bool, path: str, timeout: Optional[float]) -> tuple:
-        """GET of a JSON document -> (status, headers, value or None).  Raises UpstreamError."""
+        """GET of a JSON document -> (status, headers, value; None, or the text of an error, when it is no JSON).
+        Raises UpstreamError."""
         with Scope(self) as scope:
             headers = self.headers() + [("Accept", JSON)]
             reply = scope.open(self.target, "GET", self.path(native, path), headers, b"", timeout)
-            return reply.status, reply.headers, load_or_none(reply.read(64 * 1024 * 1024))
+            data = reply.read(64 * 1024 * 1024)
+            value = load_or_none(data)
+            told = error_text(data, reply.status) if value is None and reply.status >= 400 else value
+            return reply.status, reply.headers, told
 
 
 MARK = "x-ollama-proxy"                 # the proxies that a request came through
@@ -6789,7 +6812,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _log(self, status: int) -> None:
         request = self.asked
         if request is not None:
-            self.context.log.access(self.client_address[0],
+            self.context.log.access(self.client_address[0].removeprefix("::ffff:"),
                                     f"{request.method} {request.target.partition('?')[0]} HTTP/1.{request.version}",
                                     status, self._sent, (time.monotonic_ns() - request.started) / 1e6, self._error_text)
 
@@ -6926,7 +6949,7 @@ def client_url(server: ProxyServer) -> str:
 def banner(server: ProxyServer) -> None:
     """Who listens where, what the target is and serves, and the line to paste into a client."""
     context = server.context
-    config, url = context.config, client_url(server)
+    config, url, address = context.config, client_url(server), context.target.url
     everywhere = f"{bracketed(server.server_name or '0.0.0.0')}:{server.server_port}"
     if not server.loopback and not config.client_key:
         context.log.say(f"warning: everybody who reaches {everywhere} can use the target and its key; "
@@ -6938,6 +6961,7 @@ def banner(server: ProxyServer) -> None:
     try:
         names = [info.shown for info in context.catalogue.models(False)]
         speaks = {"ollama": "an Ollama", "openai": "OpenAI API"}[context.api()]
+        address = context.target.root_url if context.api() == "ollama" else address
         found = f"{len(names)} model{'' if len(names) == 1 else 's'}" + (": " + ", ".join(names[:4]) if names else "")
         found += ", ..." if len(names) > 4 else ""
     except UpstreamError as error:
@@ -6946,8 +6970,7 @@ def banner(server: ProxyServer) -> None:
         found += f" ({context.catalogue.hidden} hidden by the filter)"
     where = url if server.loopback else f"{url.partition('://')[0]}://{everywhere}"
     lines = [f"ollama_proxy {__version__}", f"  listening on  {where}",
-             f"  target        {'demo target inside this process' if config.demo else context.target.url} "
-             f"({speaks}), {found}",
+             f"  target        {'demo target inside this process' if config.demo else address} ({speaks}), {found}",
              f"  for clients   OLLAMA_HOST={url}   or, for OpenAI clients, base URL {url}/v1"]
     if config.files:
         lines.append(f"  read          {', '.join(config.files)}")

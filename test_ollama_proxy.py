@@ -5457,6 +5457,9 @@ def test_ipv6(start, target):
     answer = start("--target", f"http://[::1]:{port}").call("GET", "/api/tags")
     assert answer.status == 200 and b"m:latest" in answer.data       # a proxy of our own kind behind us
     proxy.close()
+    proxy = start("--listen", "[::]:0", "--client-key", "sk-client")
+    assert proxy.call("GET", "/health").status == 200
+    proxy.wait_logged(' 127.0.0.1 "GET /health HTTP/1.1" 200')       # and not ::ffff:127.0.0.1
 
 
 # -- load
@@ -8401,6 +8404,55 @@ def test_the_wrong_scheme_is_told_in_words(start, tls_target):
     proxy = start("--target", f"http://127.0.0.1:{tls_target.port}", "--target-api", "openai")
     assert proxy.post("/api/chat", CHAT).status == 502
     demo.shutdown()
+
+
+@cases("body, media_type", [
+    (b"<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>", "text/html"),
+    (b"Client sent an HTTP request to an HTTPS server.\n", "text/plain")])
+def test_plain_http_on_a_port_for_tls_is_told_in_words(start, target, body, media_type):
+    target.answers["/v1/models"] = target.answers["/v1/chat/completions"] = http_answer(body, 400, media_type)
+    proxy = start("--target-api", "openai")
+    sentence = re.search("[^<>]*HTTPS[^<>]*", body.decode())[0].strip() + ": write https:// instead of http://"
+    assert json.loads(proxy.call("GET", "/api/tags").data) == {"error": f"{target.url}/v1 gave no model list: {sentence}"}
+    assert json.loads(proxy.post("/api/chat", CHAT).data) == {"error": sentence}
+
+
+@cases("argv", [[], ["--target-api", "openai"]])
+def test_a_port_that_never_answers_the_tls_handshake_is_told_in_words(start, argv):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        answer = start("--target", url, "--connect-timeout", "0.3", *argv).call("GET", "/api/tags")
+    assert json.loads(answer.data) == {"error": f"cannot reach {url}/v1: no TLS handshake came: "
+                                                "if none is spoken there, write http:// instead of https://"}
+
+
+@cases("status, title, told", [
+    (502, "502 Bad Gateway", "502 Bad Gateway"), (504, "504 Gateway Time-out", "504 Gateway Time-out"),
+    (404, "404 Not Found", "404 Not Found (a web page, no API: is the address right?)")])
+def test_a_page_of_a_gateway_is_told_from_a_wrong_address(start, target, status, title, told):
+    page = f"<html><head><title>{title}</title></head><body>nginx</body></html>"
+    target.answers["/v1/models"] = http_answer(page, status, "text/html; charset=utf-8")
+    answer = start("--target-api", "openai").call("GET", "/api/tags")
+    assert json.loads(answer.data) == {"error": f"{target.url}/v1 gave no model list: {told}"}
+
+
+def test_an_alias_of_what_stands_in_no_list_is_listed_unless_hidden(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai", "--alias", "gpt=DEPLOYMENT", "--alias", "claude-*=DEPLOYMENT")
+    assert "gpt:latest" in names_of(proxy) and not {"DEPLOYMENT:latest", "claude-*"} & set(names_of(proxy))
+    assert proxy.lines("/api/chat", {**CHAT, "model": "gpt:latest"})[-1]["done"]
+    assert target.calls("/v1/chat/completions")[-1].json["model"] == "DEPLOYMENT"
+    Path("models-filter.txt").write_text("m\n")
+    assert names_of(start("--target-api", "openai", "--alias", "gpt=DEPLOYMENT")) == ["m:latest"]
+    Path("models-filter.txt").write_text("gpt\n")
+    assert names_of(start("--target-api", "openai", "--alias", "gpt=DEPLOYMENT")) == ["gpt:latest"]
+
+
+def test_the_banner_shows_an_ollama_without_v1(ollama_target):
+    process = launch("--target", ollama_target.url)
+    assert f"target        {ollama_target.url} (an Ollama), " in process.banner
+    process.terminate()
+    process.communicate()
 
 
 def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
