@@ -981,10 +981,15 @@ OLLAMA_OPTION_KEYS = {
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
 }
 _OPTION_NAMES = {wire: name for name, wire in OLLAMA_OPTION_KEYS.items()}
-OPTION_KINDS = {"top_k": int, "seed": int, "max_tokens": int, "repeat_last_n": int}
+# Options that only an Ollama has, at the top level where bridges such as LiteLLM take them from.
+OLLAMA_ONLY = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap")
+OPTION_KINDS = {**dict.fromkeys(OLLAMA_OPTION_KEYS, float), **dict.fromkeys(OLLAMA_ONLY, int), "use_mmap": bool,
+                **dict.fromkeys(("top_k", "seed", "max_tokens", "repeat_last_n"), int)}
+_KIND_NAMES = {int: "integer", float: "float32", bool: "boolean"}
 # Below it an option says "no limit", "random" or "off": what absence means to everybody else.
 _LEAST = {"max_tokens": 1, "top_k": 1, "repeat_last_n": 0, "seed": 0}
 THINK_LEVELS = ("low", "medium", "high", "max")
+CAPABILITIES = ("completion", "tools", "vision", "thinking", "insert", "embedding")
 
 # Fields of requests and their JSON types (ollama-api 2.4 to 2.10); `object` may be anything.
 OLLAMA_FIELDS = {
@@ -1019,17 +1024,18 @@ def parse_options(options: dict) -> tuple[dict, dict]:
     neutral: dict = {}
     rest: dict = {}
     for wire, value in options.items():
-        name = _OPTION_NAMES.get(wire)
+        name = _OPTION_NAMES.get(wire, wire)
         if name == "stop":
             value = parse_stop(value) or None
-        elif name is not None and value is not None:
-            kind = OPTION_KINDS.get(name, float)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:
-                raise BadRequest(f'option "{wire}" must be of type {"integer" if kind is int else "float32"}')
+        elif name in OPTION_KINDS and value is not None:
+            kind = OPTION_KINDS[name]
+            finite = isinstance(value, (int, float)) and value - value == 0
+            if not finite or isinstance(value, bool) != (kind is bool):
+                raise BadRequest(f'option "{wire}" must be of type {_KIND_NAMES[kind]}')
             value = int(value) if kind is int else value
             value = value if value >= _LEAST.get(name, value) else None
         if value is not None:
-            (rest if name is None else neutral)[name or wire] = value
+            (neutral if wire in _OPTION_NAMES else rest)[name] = value
     return neutral, rest
 
 
@@ -1765,8 +1771,6 @@ THINK_SWITCHES = {
                  lambda level: {"thinking": {"type": "enabled"}, "reasoning_effort": level}),
     "high": ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, lambda level: {"reasoning_effort": "high"}),
 }
-# Options that only an Ollama has, at the top level where bridges such as LiteLLM take them from.
-OLLAMA_ONLY = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap")
 # Fields of requests and their JSON types; `object` may be anything.
 OPENAI_FIELDS = {
     **{wire: OPTION_KINDS.get(name, float) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires},
@@ -2425,6 +2429,11 @@ def _problem(problem: Any) -> str:
     where = ".".join(map(str, as_list(as_dict(problem).get("loc"))))
     what = error_sentence(problem)
     return f"{where}: {what}" if where else what
+
+
+def is_about_key(status: int, text: str) -> bool:
+    """Whether an error is about the key; LiteLLM without a database says so to any key but its own."""
+    return status in (401, 403) or text == "No connected db."
 
 
 def stream_error(value: dict) -> UpstreamError:
@@ -3532,7 +3541,7 @@ def parse_target(value: str, api: str = "auto") -> Target:
             raise UsageError(f"preset {name} needs a URL of your own: --target https://NAME.openai.azure.com/openai/v1")
         text = preset.url
     else:
-        near = did_you_mean(name, PRESETS) if re.fullmatch(r"[\w-]+", name) else ""
+        near = did_you_mean(name, PRESETS) if re.fullmatch(r"[\w-]+|\w+\.cpp", name) else ""
         if near or re.match(r"https?:/?[^/]", name):
             what = f"no such preset{near}" if near else "write http://HOST"
             raise UsageError(f"bad target {one_line(value, 100)!r}: {what}")
@@ -3652,6 +3661,11 @@ def parse_set(text: str) -> tuple[str, dict]:
     parse_options(values)
     parse_think(values.get("think"))
     parse_format(values.get("format"))
+    parse_keep_alive(values.get("keep_alive"))
+    _one_of("separate", "merge", "drop")(str(values.get("reasoning", "separate")))
+    for word in comma_list(str(values.get("capabilities", ""))):
+        if word.lstrip("-") not in CAPABILITIES:
+            raise ValueError(f"capabilities are {', '.join(CAPABILITIES)}, and not {word}")
     return match[1].strip(), values
 
 
@@ -3687,6 +3701,11 @@ def parse_version(text: str) -> str:
     if not re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+\S*", text):
         raise ValueError("X.Y.Z is expected")
     return text
+
+
+def plural(count: int, noun: str) -> str:
+    """"1 model", "2 models"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def did_you_mean(word: str, words: Iterable) -> str:
@@ -3782,8 +3801,7 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     @property
     def key_source(self) -> str:
         """Where the key for the target came from, or may be set."""
-        source = self.sources["api_key"]
-        return {"flag": "--api-key", "default": "none is set: --api-key"}.get(source, source)
+        return self.sources["api_key"].replace("flag", "--api-key")
 
     @property
     def secrets(self) -> tuple:
@@ -3825,8 +3843,10 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
             values["tag"] = ""
         if values["tls_key"] and not values["tls_cert"]:
             raise UsageError(f"--tls-key {values['tls_key']}: --tls-cert is missing, and TLS needs both")
-        notes += [f"--set {pattern}: {key} is no option that is known{did_you_mean(key, KNOWN_OPTIONS)}"
+        notes += [f"--set {pattern}: {key} is not a known option{did_you_mean(key, KNOWN_OPTIONS)}"
                   for pattern, options in values["set"] for key in options if key not in KNOWN_OPTIONS]
+        if values["demo"] and sources["target"] == "flag":
+            notes.append(f"--target {values['target']} is not used: --demo has a target of its own")
         files = (env_file or ".env", values["models_filter"] or "models-filter.txt")
         return cls(**values, destination=target, address=_pick_address(values, sources, target), sources=sources,
                    files=tuple(filter(os.path.isfile, files)), notes=tuple(notes))
@@ -3857,8 +3877,11 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
     target = parse_target(values["target"], values["target_api"])
     key = values["api_key"]
     if not key and target.preset.key_env and (target.name or target.preset.hosts):
-        key = environ.get(target.preset.key_env, "").strip()
-        sources["api_key"] = target.preset.key_env if key else "default"
+        key, sources["api_key"] = environ.get(target.preset.key_env, "").strip(), target.preset.key_env
+    if not key:
+        sources["api_key"] = "none is set: --api-key" + "".join(
+            f"; {row.key_env} is read for --target {name} alone" for name, row in PRESETS.items()
+            if environ.get(row.key_env) and row is not target.preset)
     if key and (not key.isascii() or not key.isprintable() or " " in key):
         raise UsageError(f"--api-key must be printable ASCII without spaces ({sources['api_key']})")
     if target.preset.hosts and not key and not values["forward_auth"] and not values["demo"]:
@@ -4763,6 +4786,7 @@ class Catalogue:
         self._details: dict = {}                # id -> ModelInfo that probes told
         self._thinkers: set = set()             # ids whose answers were seen to think
         self._busy = False                      # a refresh is under way
+        self._unlisted: set = set()             # names that were passed on although the target does not list them
         self._guessed = False                   # the target has no list: these are configured names
         self._said = ""                         # what was wrong last time
         self.hidden = 0                         # models that the filter keeps from clients
@@ -4796,6 +4820,10 @@ class Catalogue:
             trusted = not self._models or self._guessed or unlisted or meant != name or self._passes_unlisted(name)
             if found is None and trusted and not self._patterns:
                 found = ModelInfo(meant, shown=name)
+                if self._models and not self._guessed and meant not in self._unlisted and len(self._unlisted) < 64:
+                    self._unlisted.add(meant)
+                    self._say(f"model {one_line(meant, 80)}: the target lists no such model; "
+                              "the name is passed on as it is")
         if found is None:
             raise model_not_found(name, did_you_mean(name, self._names))
         return found
@@ -4815,6 +4843,11 @@ class Catalogue:
         for info in self._models or ():
             if info.id not in self._names and re.search(rf'(^|[/=?&,"\s]){re.escape(info.id)}($|[/=?&,"\s])', text):
                 raise model_not_found(info.id)
+
+    def refuse_when_down(self) -> None:
+        """Raises UpstreamError when the target could not be reached when it was asked last."""
+        if isinstance(self._error, (UpstreamUnreachable, UpstreamTimeout)):
+            raise self._error
 
     @property
     def filtered(self) -> bool:
@@ -4906,7 +4939,7 @@ class Catalogue:
         if traits["embedding"]:
             return ("embedding",)
         traits["thinking"] = (traits.get("thinking") or info.id in self._thinkers) and self._config.reasoning != "merge"
-        return tuple(word for word in ("completion", "tools", "vision", "thinking", "insert") if traits.get(word))
+        return tuple(word for word in CAPABILITIES if traits.get(word) and word != "embedding")
 
     # -- refreshing
 
@@ -4938,7 +4971,7 @@ class Catalogue:
                 # A gateway's page says what is wrong by itself: "502 Bad Gateway".
                 page = "html" in headers.get("content-type", "") and status not in (400, 502, 503, 504)
                 page = " (a web page, no API: is the address right?)" * page
-                key = f" (key: {self._config.key_source})" * (status in (401, 403))
+                key = f" (key: {self._config.key_source})" * is_about_key(status, error_sentence(payload))
                 sentence = (error_sentence(payload) or f"HTTP {status}") + page + key
                 self._guess()
                 raise UpstreamRefused(f"{self._config.destination.url} gave no model list: {sentence}", 502)
@@ -4987,7 +5020,7 @@ class Catalogue:
             if not any(fnmatch.fnmatchcase(form, one) for name in ids for one in (pattern.lower(), bare)
                        for form in (name.lower(), name.lower().removesuffix(":latest"), short_name(name).lower(),
                                     self.shown_name(name).lower())):
-                self._say(f"{flag} {pattern}: the target lists no such model{did_you_mean(pattern, ids)}")
+                self._say(f"warning: {flag} {pattern}: the target lists no such model{did_you_mean(pattern, ids)}")
 
     def _probe(self, models: list, native: bool) -> None:
         """Gathers metadata when somebody wants it; every answer that is no metadata means "not there"."""
@@ -5720,8 +5753,10 @@ def unpacked(request: Request) -> bytes:
 
 def blame_our_key(context: Context, error: ProxyError, request: Request) -> ProxyError:
     """Trouble with *our* key is not the client's 401, wherever in the answer the target told it."""
-    if error.status in (401, 403) and isinstance(error, UpstreamError) and not context.authorization_of(request):
-        text = f"{context.target.url} refused the key of this proxy ({context.config.key_source}): {error.message}"
+    if isinstance(error, UpstreamError) and is_about_key(error.status, error.message) \
+            and not context.authorization_of(request):
+        verdict = "refused the key of this proxy" if context.target.key else "wants a key"
+        text = f"{context.target.url} {verdict} ({context.config.key_source}): {error.message}"
         return UpstreamError(text, 502)
     return error
 
@@ -5754,6 +5789,7 @@ def converse(request: Request, scope: Scope) -> Response:
     call = client.parse_chat(load_request(unpacked(request)), request.route.face)
     info = context.catalogue.resolve(call.model, client is not OLLAMA)
     if not call.messages and call.prompt is None:
+        context.catalogue.refuse_when_down()    # nothing is loaded where nobody answers
         return json_response(load_answer(call, context.clock.stamp()))
     call = with_defaults(config, info.id, call)
     if config.generate_via == "completions" and call.face == "generate":
@@ -5777,8 +5813,10 @@ def converse(request: Request, scope: Scope) -> Response:
         reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None, bool(wired.tools)), render)
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)
-    opened = info.id in context.openers or bool(settings_for(config, info.id)[1].get("open_think"))
-    steps = steps_for(config, call, decoder, opened)
+    known = settings_for(config, info.id)[1]
+    if "reasoning" in known:
+        config = config._replace(reasoning=known["reasoning"])
+    steps = steps_for(config, call, decoder, info.id in context.openers or bool(known.get("open_think")))
     translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact,
                               context.log.tap)
     if call.stream:
@@ -6142,6 +6180,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
         if not written and load_or_none(data) is None:
             raise BadRequest("the body is not one JSON object: it cannot be looked into for the filter", 415)
         data, body = load_relayed(context, data)
+        if "json" not in media_type:            # what curl -d calls JSON; LiteLLM would read a form
+            request.headers["content-type"] = JSON
         name = body.get("model")
         if isinstance(name, str) and name:
             info = context.catalogue.resolve(name, True)
@@ -6850,7 +6890,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """GET /v1/models; everything else is not there."""
-        entries = [{"id": name, "object": "model", "created": 1700000000, "owned_by": "demo", "context_length": 8192,
+        entries = [{"id": name, "object": "model", "created": 1700000000, "owned_by": "demo", "context_length": 65536,
                     "type": kind} for name, kind in (("demo-chat", "llm"), ("demo-embed", "embeddings"))]
         self._answer({"object": "list", "data": entries} if self.path == "/v1/models" else None)
 
@@ -6962,10 +7002,10 @@ def banner(server: ProxyServer) -> None:
         names = [info.shown for info in context.catalogue.models(False)]
         speaks = {"ollama": "an Ollama", "openai": "OpenAI API"}[context.api()]
         address = context.target.root_url if context.api() == "ollama" else address
-        found = f"{len(names)} model{'' if len(names) == 1 else 's'}" + (": " + ", ".join(names[:4]) if names else "")
+        found = plural(len(names), "model") + (": " + ", ".join(names[:4]) if names else "")
         found += ", ..." if len(names) > 4 else ""
     except UpstreamError as error:
-        speaks, found = "not answering yet", error.message
+        speaks, found = "no model list" if isinstance(error, UpstreamRefused) else "not answering yet", error.message
     if context.catalogue.hidden:
         found += f" ({context.catalogue.hidden} hidden by the filter)"
     where = url if server.loopback else f"{url.partition('://')[0]}://{everywhere}"
@@ -7006,8 +7046,9 @@ CHECKS = (
 )
 # What kinds of clients need of that.
 CLIENTS = {"VS Code Copilot": "stream tools", "JetBrains AI Assistant": "stream", "Open WebUI": "chat stream",
-           "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools",
-           "Codex": "stream tools"}
+           "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools context",
+           "Codex": "stream tools context"}
+AGENT_CONTEXT = 32_000                  # tokens: the instructions of Claude Code alone are more than 20,000
 
 
 def check(config: Config) -> int:
@@ -7038,9 +7079,11 @@ def check(config: Config) -> int:
         print(paint(f"FAILED      {error.message}", False, sys.stdout))
         return 1
     context = as_dict(chats[0].get("details")).get("context_length") or "not told"
-    print(f"first       {chats[0]['name']}: context {context}, {', '.join(chats[0].get('capabilities', ()))}")
+    print(f"model       {chats[0]['name']} (the first; --models-filter chooses): context {context}, "
+          + ", ".join(chats[0].get("capabilities", ())))
     embedders = [entry["name"] for entry in models if "embedding" in entry.get("capabilities", ())]
-    failed: dict = {}
+    small = isinstance(context, int) and context < AGENT_CONTEXT
+    failed = {"context": f"{context} tokens, and agents need {AGENT_CONTEXT} or more"} if small else {}
     for name, path, wanted in CHECKS:
         body = {"model": (embedders or names)[0] if name == "embeddings" else chats[0]["name"], **wanted}
         if "content" in body:
@@ -7055,8 +7098,11 @@ def check(config: Config) -> int:
             verdict = "FAILED" if name in ("chat", "stream") else "no"
             print(paint(f"{name:<11} {verdict}: {failed[name]}", False, sys.stdout))
     for client, needs in CLIENTS.items():
-        missing = [f"{need}: {failed[need]}" for need in needs.split() if need in failed]
-        verdict = f"not ready: {'; '.join(missing)}" if missing else "ready"
+        missing: dict = {}              # reason -> what it is the reason for
+        for need in filter(failed.get, needs.split()):
+            missing.setdefault(failed[need], []).append(need)
+        verdict = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
+        verdict = f"not ready: {verdict}" if missing else "ready"
         print(paint(f"{client:<22} {verdict}", not missing, sys.stdout))
     return int("chat" in failed or "stream" in failed)
 
@@ -7064,7 +7110,8 @@ def check(config: Config) -> int:
 def finding(name: str, data: bytes) -> str:
     """What an answer shows, in a few words.  Raises UpstreamError when it is not what was asked for."""
     if name == "embeddings":
-        return f"{len(load(data)['embeddings'][0])} numbers"
+        answer = load(data)
+        return f"{plural(len(answer['embeddings'][0]), 'number')} from {answer['model']}"
     text, thinking, calls, _, finish = gather(OllamaDecoder(ChatCall("")).feed(data + b"\n"))
     if name == "tools" and not calls:
         raise UpstreamError("the model answered in text instead of calling")
@@ -7074,7 +7121,7 @@ def finding(name: str, data: bytes) -> str:
         raise UpstreamError("no thinking came")
     pieces = data.count(b"\n") - 1 if name == "stream" else 1
     called = f", calls {calls[0].name}" if calls else ""
-    return f"{pieces} piece{'s' * (pieces != 1)}, {finish.usage.completion_tokens} tokens{called}"
+    return f"{plural(pieces, 'piece')}, {plural(finish.usage.completion_tokens, 'token')}{called}"
 
 
 def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders: Any = None) -> int:
@@ -7098,7 +7145,7 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
     while not asked.wait(0.5):              # without a time-out Windows does not notice Ctrl-C
         pass
     if server.calls:
-        server.context.log.say(f"finishing {server.calls} request{'s' * (server.calls > 1)}; again to cut them")
+        server.context.log.say(f"finishing {plural(server.calls, 'request')}; again to cut them")
     drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
     drain.start()
     if tell:
@@ -7108,7 +7155,7 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
     if insisted.is_set() and tell:
         tell()
     if server.calls:
-        server.context.log.say(f"{server.calls} request{'s were' if server.calls > 1 else ' was'} cut")
+        server.context.log.say(f"cut {plural(server.calls, 'request')}")
     server.context.log.close()
     return 0
 

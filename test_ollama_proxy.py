@@ -8256,6 +8256,7 @@ def test_a_large_relayed_answer_that_breaks_is_an_error_as_long_as_nothing_was_s
 
 @cases("argv, text", [
     (["--target", "lm-studio"], "bad target 'lm-studio': no such preset (did you mean lmstudio?)"),
+    (["llama.cpp"], "bad target 'llama.cpp': no such preset (did you mean llamacpp?)"),
     (["open-router"], "bad target 'open-router': no such preset (did you mean openrouter?)"),
     (["http:/localhost:1234"], "bad target 'http:/localhost:1234': write http://HOST"),
     (["here", "--target", "there"], "two targets: here and --target there"),
@@ -8279,10 +8280,11 @@ def test_certificates_are_looked_at_before_anything_starts():
 
 def test_what_looks_like_a_mistake_is_a_note():
     Path(".env").write_text("OPENAI_API_KEY=x\n# fine\nthis is junk\n")
-    config = Config.from_args(["--set", "m:num_ctxx=5"], {"OLLAMA_PROXY_TAGET": "x"})
+    config = Config.from_args(["--set", "m:num_ctxx=5", "--demo", "--target", "vllm"], {"OLLAMA_PROXY_TAGET": "x"})
     assert config.notes == (
         ".env: line 3 is no KEY=VALUE", "OLLAMA_PROXY_TAGET is no setting (did you mean OLLAMA_PROXY_TARGET?)",
-        "--set m: num_ctxx is no option that is known (did you mean num_ctx?)")
+        "--set m: num_ctxx is not a known option (did you mean num_ctx?)",
+        "--target vllm is not used: --demo has a target of its own")
     assert config.files == (".env",)
 
 
@@ -8298,8 +8300,8 @@ def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, targe
     Path("models-filter.txt").write_text("m\nqwen3*\nlama*\n!*-preview\n")      # an exception need not be met
     proxy = start("--target-api", "openai", "--alias", "fast=mm", "--set", "qwem3*:num_ctx=5")
     names_of(proxy)
-    for text in ("--alias mm: the target lists no such model", "--set qwem3*: the target lists no such model",
-                 "models filter lama*: the target lists no such model"):
+    for text in ("warning: --alias mm: the target lists no such model", "warning: --set qwem3*: the target lists no such model",
+                 "warning: models filter lama*: the target lists no such model"):
         proxy.wait_logged(text)
     names_of(proxy)
     assert sum("lists no such model" in line for line in proxy.errors) == 3
@@ -8307,7 +8309,7 @@ def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, targe
 
 @cases("argv, status, why", [
     ((), 400, "no such thing"), (("--api-key", "sk-target-1"), 401, "refused the key of this proxy (--api-key): no such"),
-    ((), 403, "refused the key of this proxy (none is set: --api-key): no such thing")])
+    ((), 403, "wants a key (none is set: --api-key): no such thing")])
 @cases("path", ["/v1/chat/completions", "/v1/messages"])
 def test_the_log_says_why_a_relayed_request_was_refused(start, target, path, argv, status, why):
     target.answers[path] = http_answer({"error": {"message": "no such thing"}}, status)
@@ -8354,13 +8356,18 @@ def test_an_unknown_model_is_answered_with_the_nearest_name(start, target):
     assert json.loads(answer.data) == {"error": "model 'qwen3:8' not found (did you mean qwen3:8b?)"}
 
 
-@cases("argv, environ, where", [
-    (["--api-key", "sk-wrong-key"], {}, "--api-key"), ([], {}, "none is set: --api-key"),
-    ([], {"OLLAMA_PROXY_API_KEY": "sk-wrong-key"}, "OLLAMA_PROXY_API_KEY")])
-def test_a_key_that_is_refused_is_told_with_its_place(start, target, argv, environ, where):
-    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "no"}}, 401)
-    answer = start("--target-api", "openai", *argv, environ=environ).post("/api/chat", CHAT)
-    assert json.loads(answer.data) == {"error": f"{target.url}/v1 refused the key of this proxy ({where}): no"}
+@cases("argv, environ, sentence", [
+    (["--api-key", "sk-wrong-key"], {}, "refused the key of this proxy (--api-key)"),
+    ([], {}, "wants a key (none is set: --api-key)"),
+    ([], {"LITELLM_API_KEY": "sk-litellm"}, "wants a key (none is set: --api-key; LITELLM_API_KEY is read for --target litellm alone)"),
+    ([], {"OLLAMA_PROXY_API_KEY": "sk-wrong-key"}, "refused the key of this proxy (OLLAMA_PROXY_API_KEY)")])
+@cases("status, text", [(401, "no"), (400, "No connected db.")])         # LiteLLM without a database says the second
+def test_a_key_that_is_refused_is_told_with_its_place(start, target, argv, environ, sentence, status, text):
+    target.answers["/v1/chat/completions"] = target.answers["/v1/models"] = http_answer({"error": {"message": text}}, status)
+    proxy = start("--target-api", "openai", *argv, environ=environ)
+    assert json.loads(proxy.post("/api/chat", CHAT).data) == {"error": f"{target.url}/v1 {sentence}: {text}"}
+    where = sentence.partition("(")[2]
+    assert json.loads(proxy.call("GET", "/api/tags").data) == {"error": f"{target.url}/v1 gave no model list: {text} (key: {where}"}
 
 
 def test_a_web_page_is_told_from_an_api_and_trouble_with_lists_is_logged_once(start, target):
@@ -8455,6 +8462,46 @@ def test_the_banner_shows_an_ollama_without_v1(ollama_target):
     process.communicate()
 
 
+@cases("given, said", [
+    ("m:num_ctx=abc", 'option "num_ctx" must be of type integer'), ("m:use_mmap=5", 'option "use_mmap" must be of type boolean'),
+    ("m:temperature=warm", 'option "temperature" must be of type float32'), ("m:keep_alive=xx", 'invalid keep_alive "xx": seconds, or a duration such as "5m"'),
+    ("m:capabilities=tool", "capabilities are completion, tools, vision, thinking, insert, embedding, and not tool"),
+    ("m:reasoning=gone", "must be separate, merge or drop")])
+def test_a_value_that_set_cannot_take_is_refused_at_start(given, said):
+    done = run_program("--set", given, "--demo")
+    assert done.returncode == 2 and done.stderr == f"ollama_proxy: --set {given}: {said}\n"
+
+
+def test_reasoning_can_be_set_for_one_model(start, target):
+    target.answers["/v1/chat/completions"] = http_answer({"choices": [{"message": {"content": "a", "reasoning_content": "t"}, "finish_reason": "stop"}]})
+    proxy = start("--target-api", "openai", "--set", "m:reasoning=drop")
+    for model, thinks in (("m", False), ("qwen3:8b", True)):
+        answer = json.loads(proxy.post("/api/chat", {**CHAT, "model": model, "stream": False}).data)
+        assert ("thinking" in answer["message"]) == thinks
+
+
+def test_nothing_is_loaded_where_nobody_answers(start, target):
+    proxy = start("--target", "http://127.0.0.1:9", "--target-api", "openai")
+    for path, body in (("/api/generate", {"model": "m"}), ("/api/chat", {"model": "m", "messages": []})):
+        answer = proxy.post(path, body)
+        assert answer.status == 502 and json.loads(answer.data) == {"error": "cannot reach http://127.0.0.1:9/v1: connection refused"}
+
+
+def test_a_name_that_is_passed_on_unlisted_is_told_once(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    proxy = start("--target-api", "openai")
+    for _ in range(2):
+        assert proxy.post("/v1/chat/completions", {**CHAT, "model": "nosuch"}).status == 200
+    proxy.wait_logged("model nosuch: the target lists no such model; the name is passed on as it is")
+    assert sum("nosuch" in line for line in proxy.errors) == 1
+
+
+def test_json_that_curl_calls_a_form_is_sent_as_json(start, target):
+    target.answers["/v1/chat/completions"] = http_answer(WHOLE)
+    start("--target-api", "openai").call("POST", "/v1/chat/completions", json.dumps(CHAT), {"Content-Type": "application/x-www-form-urlencoded"})
+    assert target.calls("/v1/chat/completions")[-1].headers["content-type"] == "application/json"
+
+
 def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
     answer = start("--target", "https://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT)
@@ -8482,13 +8529,14 @@ def test_who_stops_a_proxy_in_mid_stream_is_told_what_it_waits_for(target):
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "finishing 1 request; again to cut them\n"
         process.send_signal(signal.SIGINT)
-        assert process.stderr.readline() == "1 request was cut\n" and process.wait(PATIENCE) == 0
+        assert process.stderr.readline() == "cut 1 request\n" and process.wait(PATIENCE) == 0
 
 
 def test_check_tells_which_clients_are_ready(target):
     demo = DemoServer()
     lines = run_program("--check", demo.url).stdout.splitlines()
-    for line in ("tools       works (1 piece, 1 tokens, calls get_time)", "embeddings  works (8 numbers)",
+    for line in ("model       demo-chat:latest (the first; --models-filter chooses): context 65536, completion, tools",
+                 "tools       works (1 piece, 1 token, calls get_time)", "embeddings  works (8 numbers from demo-embed:latest)",
                  "vision      works (1 piece, 7 tokens)", "thinking    no: no thinking came", "VS Code Copilot        ready",
                  "Claude Code            ready"):
         assert line in lines
@@ -8497,6 +8545,12 @@ def test_check_tells_which_clients_are_ready(target):
     done = run_program("--check", target.url)
     assert done.returncode == 0 and "Home Assistant         not ready: tools: tools are not supported by this model" in done.stdout
     assert "ollama CLI             ready" in done.stdout and "\x1b" not in done.stdout
+    target.answers["/v1/models"] = http_answer({"data": [{"id": "small", "max_model_len": 2048}]})
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "out of order"}}, 500)
+    done = run_program("--check", target.url)
+    assert done.returncode == 1 and "chat        FAILED: out of order\n" in done.stdout
+    assert "Codex                  not ready: stream, tools: out of order; context: 2048 tokens, and agents need 32000 or more\n" \
+        in done.stdout
 
 
 def test_help_is_short_grouped_and_names_the_program(capsys):
