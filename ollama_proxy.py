@@ -3733,7 +3733,7 @@ SETTINGS = (
     Setting("--fallback", "URL", "", "a real Ollama for endpoints that are not served here; without a "
             "value " + DEFAULT_FALLBACK, optional=DEFAULT_FALLBACK),
     Setting("--translate", "auto|always|never", "auto",
-            "/v1/messages and /v1/responses: where the server lacks them, always, or never"),
+            "make chats of /v1/messages and /v1/responses: where the server lacks them, always, or never"),
     Setting("--generate-via", "chat|completions", "chat", "where /api/generate goes"),
     Setting("--listen", "[HOST]:PORT", "127.0.0.1:11434",
             "where clients come; :PORT is every interface; 127.0.0.1:4000 when the server is an Ollama on 11434",
