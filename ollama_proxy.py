@@ -586,6 +586,13 @@ def field(body: dict, name: str, kind: type, default: Any = None) -> Any:
     return value
 
 
+def required(value: Any, refusal: str, status: int = 400) -> Any:
+    """What a request cannot do without.  Raises BadRequest with the sentence `refusal` when it says nothing."""
+    if not value:
+        raise BadRequest(refusal, status)
+    return value
+
+
 def json_kind(value: Any) -> str:
     """The JSON name of a value's type, for error texts."""
     return {**_KINDS, type(None): "null", int: "number"}.get(type(value), "object")
@@ -1100,7 +1107,7 @@ def parse_keep_alive(value: Any) -> Any:
     return seconds if isinstance(value, str) and value.strip()[-1:].isdigit() else value
 
 
-def require_model(body: dict) -> str:
+def name_in(body: dict) -> str:
     """The model's name, under its present or its legacy key; "" when there is none."""
     return (body.get("model") or body.get("name") or "").strip()
 
@@ -1113,10 +1120,8 @@ def parse_tools(value: Iterable) -> tuple:
         function = typed(tool.get("function", tool), TOOL_FIELDS, "function")
         if tool.get("type", "function") != "function":
             raise BadRequest(f"tools of type {one_line(tool['type'], 40)} are not supported: only functions are")
-        if not function.get("name"):
-            raise BadRequest("a tool has no name")
-        strict = function.get("strict")
-        tools.append(Tool(function["name"], function.get("description", ""), schema_of(function.get("parameters")),
+        name, strict = required(function.get("name"), "a tool has no name"), function.get("strict")
+        tools.append(Tool(name, function.get("description", ""), schema_of(function.get("parameters")),
                           strict if isinstance(strict, bool) else None))
     return tuple(tools)
 
@@ -1217,11 +1222,9 @@ def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
     A call without messages and prompt asks to load or unload the model.  Raises BadRequest.
     """
     body = typed(body, OLLAMA_FIELDS)
-    model = require_model(body)
     if face == "generate":
-        return _parse_generate(body, model)
-    if not model:
-        raise BadRequest("model is required")
+        return _parse_generate(body)
+    model = required(name_in(body), "model is required")
     messages = tuple(map(parse_message, body.get("messages", ())))
     if not messages and body.get("prompt"):
         messages = (Message("user", body["prompt"]),)
@@ -1231,9 +1234,8 @@ def parse_ollama_chat(body: dict, face: str = "chat") -> ChatCall:
                     tool_choice=parse_tool_choice(body.get("tool_choice")), **_common(body))
 
 
-def _parse_generate(body: dict, model: str) -> ChatCall:
-    if not model:
-        raise BadRequest("model '' not found", 404)
+def _parse_generate(body: dict) -> ChatCall:
+    model = required(name_in(body), "model '' not found", 404)
     prompt, suffix, system, template = (body.get(key, "") for key in ("prompt", "suffix", "system", "template"))
     raw, context = body.get("raw", False), body.get("context", [])
     images = tuple(filter(None, map(parse_image, body.get("images", ()))))
@@ -1311,9 +1313,8 @@ def parse_inputs(value: Any) -> tuple:
 def parse_ollama_embed(body: dict, legacy: bool = False) -> EmbedCall:
     """POST /api/embed or, with `legacy`, /api/embeddings (ollama-api 2.8, 2.9) -> EmbedCall."""
     body = typed(body, OLLAMA_FIELDS)
-    model = require_model(body)
-    if not model:
-        raise BadRequest("model is required") if legacy else BadRequest("model '' not found", 404)
+    refusal, status = ("model is required", 400) if legacy else ("model '' not found", 404)
+    model = required(name_in(body), refusal, status)
     first, second = ("prompt", "input") if legacy else ("input", "prompt")
     dimensions = body.get("dimensions", 0)
     return EmbedCall(model, parse_inputs(body.get(first, body.get(second))), dimensions if dimensions > 0 else None,
@@ -1786,9 +1787,7 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
     Raises BadRequest, above all for what Ollama has no counterpart for.
     """
     body = typed(body, OPENAI_FIELDS if face == "completion" else {**OPENAI_FIELDS, "logprobs": bool})
-    model = body.get("model", "").strip()
-    if not model:
-        raise BadRequest("model is required")
+    model = required(body.get("model", "").strip(), "model is required")
     if body.get("n", 1) > 1 or body.get("best_of", 1) > 1:
         raise BadRequest("n greater than 1 is not supported: Ollama gives one choice per request")
     options = {name: body[wire] for name, wires in OPENAI_OPTION_KEYS.items() for wire in reversed(wires)
@@ -1808,9 +1807,8 @@ def parse_openai_chat(body: dict, face: str = "chat") -> ChatCall:
             raise BadRequest("prompt must be one string: Ollama takes neither lists nor token ids")
         return call._replace(prompt=prompt, suffix=body.get("suffix", ""),
                              logprobs=count if isinstance(count, int) and not isinstance(count, bool) else None)
-    if not body.get("messages"):
-        raise BadRequest("[] is too short - 'messages'")
-    return call._replace(messages=tie_results(tuple(map(parse_message, body["messages"]))),
+    messages = required(body.get("messages"), "[] is too short - 'messages'")
+    return call._replace(messages=tie_results(tuple(map(parse_message, messages))),
                          logprobs=parse_logprobs(body), parallel=body.get("parallel_tool_calls"),
                          **choose_tools(parse_tools(body.get("tools", ())), body.get("tool_choice")))
 
@@ -1855,12 +1853,9 @@ def parse_openai_embed(body: dict, legacy: bool = False) -> EmbedCall:
     """POST /v1/embeddings -> EmbedCall.  Token ids cannot be sent to Ollama."""
     del legacy
     body = typed(body, OPENAI_FIELDS)
-    model = body.get("model", "").strip()
-    if not model:
-        raise BadRequest("model is required")
-    inputs = ("",) if body.get("input") == "" else parse_inputs(body.get("input"))
-    if not inputs:
-        raise BadRequest("invalid input: a string or a list of strings is expected")
+    model = required(body.get("model", "").strip(), "model is required")
+    inputs = required(("",) if body.get("input") == "" else parse_inputs(body.get("input")),
+                      "invalid input: a string or a list of strings is expected")
     encoding = body.get("encoding_format", "float")
     if encoding not in ("float", "base64"):
         raise BadRequest("invalid encoding_format: float or base64 is expected")
@@ -2593,15 +2588,12 @@ _BUDGETS = ((4096, "low"), (16384, "medium"))       # thinking.budget_tokens up 
 def parse_anthropic(body: dict, face: str = "chat") -> ChatCall:
     """POST /v1/messages, or with face "count" /v1/messages/count_tokens -> ChatCall.  Raises BadRequest."""
     body = typed(body, ANTHROPIC_FIELDS)
-    model = body.get("model", "").strip()
-    if not model:
-        raise BadRequest("model is required")
+    model = required(body.get("model", "").strip(), "model is required")
     if face != "count" and body.get("max_tokens", 0) <= 0:
         raise BadRequest("max_tokens is required and must be positive")
-    if not body.get("messages"):
-        raise BadRequest("messages is required")
+    messages = required(body.get("messages"), "messages is required")
     turns, system = [], [block_texts(body.get("system", ""))]
-    for message in body["messages"]:
+    for message in messages:
         message = typed(message, MESSAGE_FIELDS, "messages")
         if message.get("role") == "system":             # Claude Code's later instructions
             system.append(block_texts(message.get("content", "")))
@@ -2676,9 +2668,8 @@ def parse_anthropic_tools(tools: Iterable) -> Iterator[Tool]:
     for tool in tools:
         tool = typed(tool, {"type": str, "name": str, "description": str}, "tools")
         if tool.get("type", "custom") == "custom":
-            if not tool.get("name"):
-                raise BadRequest("a tool has no name")
-            yield Tool(tool["name"], tool.get("description", ""), schema_of(tool.get("input_schema")))
+            name = required(tool.get("name"), "a tool has no name")
+            yield Tool(name, tool.get("description", ""), schema_of(tool.get("input_schema")))
 
 
 def parse_thinking(thinking: dict, output: dict) -> Any:
@@ -2816,9 +2807,7 @@ ITEM_FIELDS = {"type": str, "role": str, "id": str, "call_id": str, "name": str,
 def parse_responses(body: dict, face: str = "chat") -> ChatCall:
     """POST /v1/responses -> ChatCall; `labels` tell how the client named its tools.  Raises BadRequest."""
     body = typed(body, RESPONSES_FIELDS)
-    model, given = body.get("model", "").strip(), body.get("input", "")
-    if not model:
-        raise BadRequest("model is required")
+    model, given = required(body.get("model", "").strip(), "model is required"), body.get("input", "")
     if body.get("previous_response_id") or body.get("conversation"):
         raise BadRequest("previous_response_id is not supported here: nothing is stored, send the whole input")
     if not isinstance(given, (str, list)) or not given:
@@ -2884,11 +2873,10 @@ def parse_responses_tools(tools: Iterable) -> tuple[tuple, dict]:
         tool = typed(tool, {"type": str, "name": str, "description": str, "tools": list}, "tools")
         namespace = tool.get("name", "") if tool.get("type") == "namespace" else ""
         for one in tool.get("tools", ()) if namespace else (tool,):
-            name, kind = as_text(as_dict(one).get("name")), as_dict(one).get("type")
+            kind = as_dict(one).get("type")
             if kind not in ("function", "custom"):
                 continue
-            if not name:
-                raise BadRequest("a tool has no name")
+            name = required(as_text(one.get("name")), "a tool has no name")
             flat = flat_name(namespace, name)
             labels[flat] = {**present(namespace=namespace or None), "name": name, "custom": kind == "custom"}
             if kind == "function":
@@ -5982,9 +5970,7 @@ def show_model(request: Request, scope: Scope) -> Response:
     context = scope.context
     if context.api() == "ollama":
         return relay_native(request, scope)
-    name = require_model(typed(load_request(request.body), OLLAMA_FIELDS))
-    if not name:
-        raise BadRequest("model is required")
+    name = required(name_in(typed(load_request(request.body), OLLAMA_FIELDS)), "model is required")
     context.catalogue.models()
     info = resolve_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
     base = re.sub(":latest$", "", info.alias or info.shown or info.id)
@@ -5997,10 +5983,9 @@ def pull_model(request: Request, scope: Scope) -> Response:
     if context.api() == "ollama":
         return relay_native(request, scope)
     body = typed(load_request(request.body), OLLAMA_FIELDS)
-    if not require_model(body):
-        raise BadRequest("invalid model name")
+    name = required(name_in(body), "invalid model name")
     try:
-        info = context.catalogue.resolve(require_model(body))
+        info = context.catalogue.resolve(name)
     except BadRequest:
         return unsupported(request, scope)
     if not info.raw:                    # taken on trust: nobody has seen it in a list
@@ -6228,7 +6213,7 @@ def relay_native(request: Request, scope: Scope) -> Response:
 
 def defaults_for_native(context: Context, face: str, body: dict) -> dict:
     """What a native request gets besides what the client said: the model's real name, --set, think."""
-    name, injected = require_model(typed(body, OLLAMA_FIELDS)), {}
+    name, injected = name_in(typed(body, OLLAMA_FIELDS)), {}
     try:
         model = context.catalogue.resolve(name).id if name else ""
     except BadRequest:
