@@ -5055,88 +5055,73 @@ class Catalogue:
 
 
 def _rename(new: str) -> Callable:
-    def edit(body: dict, key: str, told: Any = None) -> bool:
+    def edit(body: dict, key: str, told: Any = None) -> None:
         value = body.pop(key, None)
         if value is not None:
             body.setdefault(new, value)
-        return value is not None
     return edit
 
 
 def _set(value: Any) -> Callable:
-    def edit(body: dict, key: str, told: Any = None) -> bool:
-        changed = body.get(key) != value
+    def edit(body: dict, key: str, told: Any = None) -> None:
         body[key] = {**body[key], **value} if isinstance(value, dict) and isinstance(body.get(key), dict) else value
-        return changed
     return edit
 
 
-def _drop(body: dict, key: str, told: Any = None) -> bool:
-    return body.pop(key, None) is not None
+def _drop(body: dict, key: str, told: Any = None) -> None:
+    body.pop(key, None)
 
 
-def _schema_instead(body: dict, key: str, told: Any = None) -> bool:
+def _schema_instead(body: dict, key: str, told: Any = None) -> None:
     """json_object -> json_schema with a bare object."""
-    if as_dict(body.get(key)).get("type") != "json_object" or body.get("messages") is None:
-        return False
-    body[key] = {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}
-    return True
+    if as_dict(body.get(key)).get("type") == "json_object" and body.get("messages") is not None:
+        body[key] = {"type": "json_schema", "json_schema": {"name": "response", "schema": {"type": "object"}}}
 
 
-def _schema_in_words(body: dict, key: str, told: Any = None) -> bool:
+def _schema_in_words(body: dict, key: str, told: Any = None) -> None:
     """A schema that is refused becomes a request in words."""
     value, messages = as_dict(body.pop(key, None)), body.get("messages")
     if value and isinstance(messages, list):
         schema = as_dict(value.get("json_schema")).get("schema") or {"type": "object"}
         wanted = "Answer with JSON only, no code fence, matching this JSON Schema: " + json.dumps(schema)
         body["messages"] = [{"role": "system", "content": wanted}] + messages
-    return bool(value)
 
 
-def _first_four(body: dict, key: str, told: Any = None) -> bool:
-    found = len(as_list(body.get(key))) > 4
-    body[key] = as_list(body.get(key))[:4] or body.get(key)
-    return found
+def _first_four(body: dict, key: str, told: Any = None) -> None:
+    if isinstance(body.get(key), list):
+        body[key] = body[key][:4]
 
 
-def _lower_effort(body: dict, key: str, told: Any = None) -> bool:
-    found = body.get(key) == "max"
-    body[key] = "high" if found else body.get(key)
-    return found
+def _lower_effort(body: dict, key: str, told: Any = None) -> None:
+    if body.get(key) == "max":
+        body[key] = "high"
 
 
-def _messages_without(body: dict, key: str, told: Any = None) -> bool:
+def _messages_without(body: dict, key: str, told: Any = None) -> None:
     """Takes a key out of every message."""
-    messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
-    found = any(key in message for message in messages)
-    if found:
-        body["messages"] = [{name: value for name, value in message.items() if name != key} for message in messages]
-    return found
+    for message in as_list(body.get("messages")):
+        as_dict(message).pop(key, None)
 
 
-def _tools_without_strict(body: dict, key: str, told: Any = None) -> bool:
-    functions = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
-    return any([function.pop(key, None) is not None for function in functions])
+def _tools_without_strict(body: dict, key: str, told: Any = None) -> None:
+    for tool in as_list(body.get("tools")):
+        as_dict(as_dict(tool).get("function")).pop(key, None)
 
 
-def _clamp(body: dict, key: str, told: Any) -> bool:
+def _clamp(body: dict, key: str, told: Any) -> None:
     """A number is brought into the range that the refusal names."""
     bounds, value = [float(text) for text in told.groups() if text], body.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    least, most = bounds if len(bounds) == 2 else (value, bounds[0])
-    body[key] = type(value)(min(max(value, least), most))
-    return body[key] != value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        least, most = bounds if len(bounds) == 2 else (value, bounds[0])
+        body[key] = type(value)(min(max(value, least), most))
 
 
-def _cut_texts(body: dict, key: str, told: Any) -> bool:
+def _cut_texts(body: dict, key: str, told: Any) -> None:
     """The longest text is cut by the measure of the two numbers of tokens that the refusal names, as Ollama cuts it."""
     texts, numbers = as_list(body.get(key)), sorted(map(int, re.findall(r"[0-9]{2,9}", told.string)))
-    longest = max(map(len, texts), default=0)
-    length = int(longest * (0.95 * numbers[0] / numbers[-1] if len(numbers) > 1 else 0.5))
-    if 0 < length < longest:
+    length = int(max(map(len, texts), default=0) * (0.95 * numbers[0] / numbers[-1] if len(numbers) > 1 else 0.5))
+    if length > 0:
         body[key] = [text[:length] for text in texts]
-    return 0 < length < longest
 
 
 def _portion(told: Any) -> dict:
@@ -5148,7 +5133,7 @@ class Remedy(NamedTuple):
 
     words: str                      # what is done, for the log
     key: str = ""
-    edit: Optional[Callable] = None     # edit(body, key, match of the pattern) -> whether that changed anything
+    edit: Optional[Callable] = None     # edit(body, key, match of the pattern)
     pattern: str = ""
     habits: Any = {}                # fields of Habits, or a function of the match that gives them
     lesson: bool = True             # success teaches something about the target, not about one client's values
@@ -5360,8 +5345,8 @@ class Healer:
         return new
 
     def heal(self, error: UpstreamRefused, body: dict, attempt: Attempt, kept: tuple = ()) -> Optional[Attempt]:
-        """Another attempt in answer to a refusal of `body`; None when nothing is left to try.  `kept` names fields that
-        the client wants as they are."""
+        """Another attempt in answer to a refusal of `body`, which may turn out the same; None when nothing is left to
+        try.  `kept` names fields that the client wants as they are."""
         lasting = not _VALUE_REFUSED.search(error.message)
         for remedy, told in self._remedies(error, body):
             attempted = (remedy, told and told.string)
@@ -5370,11 +5355,9 @@ class Healer:
             lesson = remedy.lesson and (lasting or remedy.edit not in (_drop, _schema_in_words))
             tried, words = attempt.tried + (attempted,), attempt.words + ((remedy.words,) if lesson else ())
             habits = attempt.habits._replace(**(remedy.habits(told) if callable(remedy.habits) else remedy.habits))
-            if habits != attempt.habits:
-                return Attempt(habits, attempt.edits, words, tried)
-            if remedy.edit is not None and remedy.edit(body, remedy.key, told):
-                edit = (remedy._replace(lesson=lesson), told)
-                return Attempt(habits, attempt.edits + (edit,), words, tried)
+            if habits != attempt.habits or remedy.edit is not None:
+                edits = () if remedy.edit is None else ((remedy._replace(lesson=lesson), told),)
+                return Attempt(habits, attempt.edits + edits, words, tried)
         return None
 
     @staticmethod
@@ -6180,10 +6163,13 @@ def relay_openai(request: Request, scope: Scope) -> Response:
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Leaves out what an editor added for itself, when the target names it (clients rule 43)."""
-        named = refused_keys(error, body) if body is not None else []
-        found = [_drop(body, key) for key in named if key in CLIENT_KEYS]
-        found += [_messages_without(body, key) for key in named if key in CLIENT_MESSAGE_KEYS]
-        return dump(body) if any(found) else None
+        before = dump(body)
+        for key in refused_keys(error, body) if body is not None else ():
+            for keys, edit in (CLIENT_KEYS, _drop), (CLIENT_MESSAGE_KEYS, _messages_without):
+                if key in keys:
+                    edit(body, key)
+        after = dump(body)
+        return after if after != before else None
 
     return relay(scope, request, context.target, path, data, heal=heal)
 
