@@ -5755,8 +5755,6 @@ def converse(request: Request, scope: Scope) -> Response:
     """POST /api/chat, /api/generate, /v1/chat/completions, /v1/completions: the longest road, in order."""
     context, config, client = scope.context, scope.context.config, request.route.dialect
     target = DIALECTS[context.api()]
-    if client is target:
-        return RELAYS[client.name](request, scope)
     call = client.parse_chat(load_request(unpacked(request)), request.route.face)
     info = context.catalogue.resolve(call.model, client is not OLLAMA)
     if not call.messages and call.prompt is None:
@@ -5885,8 +5883,6 @@ def embed(request: Request, scope: Scope) -> Response:
     """POST /api/embed, /api/embeddings, /v1/embeddings."""
     context, client = scope.context, request.route.dialect
     target = DIALECTS[context.api()]
-    if client is target:
-        return RELAYS[client.name](request, scope)
     call = client.parse_embed(load_request(request.body), request.route.face == "legacy")
     info = resolve_as(context, call.model, 'model "{name}" not found, try pulling it first')
     if not call.inputs:
@@ -5928,8 +5924,6 @@ def version(request: Request, scope: Scope) -> Response:
 
 def list_models(request: Request, scope: Scope) -> Response:
     """GET /api/tags."""
-    if scope.context.api() == "ollama":
-        return relay_native(request, scope)
     return Response(200, tags_of(scope.context.catalogue.models()))
 
 
@@ -5941,8 +5935,6 @@ def tags_of(models: Listing) -> bytes:
 
 def list_running(request: Request, scope: Scope) -> Response:
     """GET /api/ps: what the target reports as loaded; the whole list where it reports no state."""
-    if scope.context.api() == "ollama":
-        return relay_native(request, scope)
     models = scope.context.catalogue.models()
     known, now = any(info.running is not None for info in models), scope.context.clock.wall()
     return json_response({"models": [ollama_running(info, now) for info in models if info.running or not known]})
@@ -5951,8 +5943,6 @@ def list_running(request: Request, scope: Scope) -> Response:
 def show_model(request: Request, scope: Scope) -> Response:
     """POST /api/show from what is known; it never loads a model."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
     name = required(name_in(typed(load_request(request.body), OLLAMA_FIELDS)), "model is required")
     context.catalogue.models()
     info = resolve_as(context, name, "model '{name}' not found" if ":" in name else "model '{name}:latest' not found")
@@ -5963,8 +5953,6 @@ def show_model(request: Request, scope: Scope) -> Response:
 def pull_model(request: Request, scope: Scope) -> Response:
     """POST /api/pull: success for a model that is there already, because that is true; else not ours to do."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
     body = typed(load_request(request.body), OLLAMA_FIELDS)
     name = required(name_in(body), "invalid model name")
     try:
@@ -5986,8 +5974,6 @@ _VERBS = {"create": "creating models", "copy": "copying models", "delete": "dele
 def unsupported(request: Request, scope: Scope) -> Response:
     """What only a real Ollama can do: relayed to one where there is one, else an honest 501."""
     context = scope.context
-    if context.api() == "ollama":
-        return relay_native(request, scope)
     if context.fallback is not None:
         return relay(scope, request, context.fallback, context.fallback.root + request.path, request.body, key=False)
     verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
@@ -6233,7 +6219,7 @@ def filtered_native(context: Context, path: str) -> Response:
 
 
 DIALECTS = {"ollama": OLLAMA, "openai": OPENAI}
-RELAYS = {"ollama": relay_native, "openai": relay_openai}
+RELAYS = {"ollama": relay_native, "openai": relay_openai}       # where the target speaks the dialect of the client
 
 # ----------------------------------------------------------------------------
 # Room 15.  Routes: the dispatch table
@@ -6242,22 +6228,24 @@ RELAYS = {"ollama": relay_native, "openai": relay_openai}
 
 class Route(NamedTuple):
     """One row.  `face` tells operations that serve several endpoints which one it is; with `streams`
-    the body is not read before the operation but handed on as it comes."""
+    the body is not read before the operation but handed on as it comes.  Where the target speaks `dialect`
+    the request is relayed instead, but for what is always answered `here`."""
 
     operation: Callable
     dialect: Dialect = OLLAMA
     face: str = ""
     streams: bool = False
+    here: bool = False
 
 
 # Everything else under /v1 is relayed.
 ROUTES = {
-    ("GET", "/"): Route(constant(b"Ollama is running", TEXT)),
-    ("GET", "/health"): Route(constant({"status": "ok"}), OPENAI),      # of this process; /api/tags tells of the target
-    ("GET", "/api/version"): Route(version),
-    ("GET", "/api/status"): Route(constant({"cloud": {"disabled": True, "source": "config"}})),
-    ("GET", "/api/experimental/model-recommendations"): Route(constant({"recommendations": []})),
-    ("POST", "/api/me"): Route(constant({"email": "", "name": "", "plan": ""})),
+    ("GET", "/"): Route(constant(b"Ollama is running", TEXT), here=True),
+    ("GET", "/health"): Route(constant({"status": "ok"}), here=True),   # of this process; /api/tags tells of the target
+    ("GET", "/api/version"): Route(version, here=True),
+    ("GET", "/api/status"): Route(constant({"cloud": {"disabled": True, "source": "config"}}), here=True),
+    ("GET", "/api/experimental/model-recommendations"): Route(constant({"recommendations": []}), here=True),
+    ("POST", "/api/me"): Route(constant({"email": "", "name": "", "plan": ""}), here=True),
     ("GET", "/api/tags"): Route(list_models),
     ("GET", "/api/ps"): Route(list_running),
     ("POST", "/api/show"): Route(show_model, OLLAMA, "show"),
@@ -6273,8 +6261,8 @@ ROUTES = {
     ("POST", "/api/signout"): Route(unsupported),
     ("POST", "/api/blobs/{digest}"): Route(unsupported, streams=True),
     ("HEAD", "/api/blobs/{digest}"): Route(unsupported),
-    ("GET", "/v1/models"): Route(list_openai_models, OPENAI),
-    ("GET", "/v1/models/{id}"): Route(show_openai_model, OPENAI),
+    ("GET", "/v1/models"): Route(list_openai_models, OPENAI, here=True),
+    ("GET", "/v1/models/{id}"): Route(show_openai_model, OPENAI, here=True),
     ("POST", "/v1/chat/completions"): Route(converse, OPENAI, "chat"),
     ("POST", "/v1/completions"): Route(converse, OPENAI, "completion"),
     ("POST", "/v1/embeddings"): Route(embed, OPENAI, "embed"),
@@ -6678,7 +6666,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 context.log.data(f"{request.method} {request.path} - Body", request.body)
             else:
                 context.log.debug(f"{request.method} {request.path}")
-            return request.route.operation(request, scope)
+            route, spoken = request.route, request.route.dialect.name
+            relayed = not route.here and spoken in RELAYS and context.api() == spoken
+            return RELAYS[spoken](request, scope) if relayed else route.operation(request, scope)
         except ClientGone:
             raise
         except ProxyError as error:
