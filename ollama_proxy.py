@@ -609,11 +609,9 @@ class LineDecoder:
     def feed(self, data: bytes) -> list[bytes]:
         """Returns the complete lines, without their ends.  Raises BadUpstreamPayload on a giant one."""
         if self._after_cr:                      # the LF of a CR LF that was cut in two ends no second line
-            self._after_cr = False
-            if data[:1] == b"\n":
-                data = data[1:]
+            data = data.removeprefix(b"\n")
+        self._after_cr = data[-1:] == b"\r"
         if b"\r" in data:
-            self._after_cr = data[-1:] == b"\r"
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = data.split(b"\n")
         if len(lines) > 1 and self._pieces:
@@ -679,8 +677,8 @@ class FrameDecoder:
                 self._data(line[5:].strip(), frames)
             elif not line:
                 if self._pending:
-                    self.fault = BadUpstreamPayload("upstream sent an event that is not JSON: "
-                                                    + one_line(b" ".join(self._pending)))
+                    text = one_line(b" ".join(self._pending))
+                    self.fault = BadUpstreamPayload(f"upstream sent an event that is not JSON: {text}")
                     break
                 self._event = ""
             elif line.strip() == b"[DONE]":
@@ -995,7 +993,7 @@ OPTION_KINDS = {**dict.fromkeys(OLLAMA_OPTION_KEYS, float), **dict.fromkeys(OLLA
 _KIND_NAMES = {int: "integer", float: "float32", bool: "boolean"}
 # Below it an option says "no limit", "random" or "off": what absence means to everybody else.
 _LEAST = {"max_tokens": 1, "top_k": 1, "repeat_last_n": 0, "seed": 0}
-THINK_LEVELS = ("low", "medium", "high", "max")
+_THINK_WORDS = {"true": True, "false": False, "": None, "low": "low", "medium": "medium", "high": "high", "max": "max"}
 CAPABILITIES = ("completion", "tools", "vision", "thinking", "insert", "embedding")
 
 # Fields of requests and their JSON types (ollama-api 2.4 to 2.10); `object` may be anything.
@@ -1060,15 +1058,12 @@ def parse_think(value: Any) -> Any:
     """`think` -> None, bool or level.  Raises BadRequest in Ollama's words."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
-        word = value.strip().lower()
-        if word in THINK_LEVELS:
-            return word
-        if word in ("true", "false", ""):
-            return {"true": True, "false": False}.get(word)
+    if not isinstance(value, str):
+        raise BadRequest('think must be a boolean or string ("high", "medium", "low", "max", true, or false)')
+    if value.strip().lower() not in _THINK_WORDS:
         raise BadRequest(f'invalid think value: "{one_line(value, 40)}" '
                          '(must be "high", "medium", "low", "max", true, or false)')
-    raise BadRequest('think must be a boolean or string ("high", "medium", "low", "max", true, or false)')
+    return _THINK_WORDS[value.strip().lower()]
 
 
 def parse_format(value: Any) -> Any:
@@ -1173,11 +1168,10 @@ def parse_call(call: Any) -> ToolCall:
     """One tool call of the history, whichever way its arguments are written."""
     call = typed(call, CALL_FIELDS, "tool_calls")
     function = typed(call.get("function", call), CALL_FIELDS)
-    name = function.get("name") or "unknown"
     arguments = parse_arguments(function.get("arguments"))
     if arguments is None:               # what a model once wrote stays in the history: it must not end the chat
         arguments = {"arguments": function["arguments"]}
-    return ToolCall(call.get("id", ""), name, arguments)
+    return ToolCall(call.get("id", ""), function.get("name") or "unknown", arguments)
 
 
 def parse_message(message: Any) -> Message:
@@ -1205,10 +1199,9 @@ def parse_message(message: Any) -> Message:
 
 def _common(body: dict) -> dict:
     """The fields that /api/chat and /api/generate share, as arguments of ChatCall."""
-    wire = body.get("options", {})
     # Some AI SDK providers lift options to the top level.
     wire = {**present(temperature=body.get("temperature"), top_p=body.get("top_p"),
-                      num_predict=body.get("max_output_tokens")), **wire}
+                      num_predict=body.get("max_output_tokens")), **body.get("options", {})}
     options, extra = parse_options(wire)
     return dict(options=options, extra=extra, think=parse_think(body.get("think")),
                 keep_alive=parse_keep_alive(body.get("keep_alive", wire.get("keep_alive"))),
@@ -1324,9 +1317,7 @@ def parse_ollama_embed(body: dict, legacy: bool = False) -> EmbedCall:
 
 def render_ollama_options(call: ChatCall) -> dict:
     """Neutral options -> Ollama's; what the client wrote under Ollama's own names wins."""
-    options = {OLLAMA_OPTION_KEYS[name]: value for name, value in call.options.items() if name in OLLAMA_OPTION_KEYS}
-    options.update(call.extra)
-    return options
+    return {**{OLLAMA_OPTION_KEYS[name]: value for name, value in call.options.items()}, **call.extra}
 
 
 def render_ollama_message(message: Message, names: dict) -> dict:
@@ -1583,6 +1574,13 @@ def decode_ollama_answer(answer: dict) -> list:
     return events
 
 
+def ollama_answer(call: ChatCall, stamp: str, text: str = "", **beside: Any) -> dict:
+    """One object of a stream: `text` and what stands `beside` it."""
+    said = {"response": text, **beside} if call.face == "generate" \
+        else {"message": {"role": "assistant", "content": text, **beside}}
+    return {"model": call.model, "created_at": stamp, **said, "done": False}
+
+
 class OllamaEncoder:
     """Events -> NDJSON lines of /api/chat or /api/generate, or one whole answer.
 
@@ -1650,10 +1648,7 @@ class OllamaEncoder:
         self._deltas += deltas
 
     def _object(self, text: str = "", **beside: Any) -> dict:
-        """One object: `text` and what stands `beside` it."""
-        said = {"response": text, **beside} if self._call.face == "generate" \
-            else {"message": {"role": "assistant", "content": text, **beside}}
-        return {"model": self._call.model, "created_at": self._stamp, **said, "done": False}
+        return ollama_answer(self._call, self._stamp, text, **beside)
 
     def _last(self, finish: Finish) -> dict:
         """done, done_reason, context and the six metrics, each at least 1 (durations in ns)."""
@@ -1677,9 +1672,8 @@ def render_ollama_error(error: ProxyError) -> dict:
 
 def load_answer(call: ChatCall, stamp: str) -> dict:
     """The answer to a call without anything to say: load, or unload for keep_alive 0 (ollama-api 2.7)."""
-    said = {"response": ""} if call.face == "generate" else {"message": {"role": "assistant", "content": ""}}
-    return {"model": call.model, "created_at": stamp, **said, "done": True,
-            "done_reason": "unload" if keep_alive_seconds(call.keep_alive) == 0 else "load"}
+    reason = "unload" if keep_alive_seconds(call.keep_alive) == 0 else "load"
+    return {**ollama_answer(call, stamp), "done": True, "done_reason": reason}
 
 
 def digest_of(model_id: str) -> str:
@@ -2286,9 +2280,7 @@ class OpenAIDecoder:
         if details:
             thinking = thinking or "".join(as_text(piece.get("text") or piece.get("summary")) for piece in details)
             merge_details(self._details, details)
-        content = delta.get("content")
-        if content is None:
-            content = choice.get("text")
+        content = choice.get("text") if delta.get("content") is None else delta["content"]
         if isinstance(content, list):
             parts = [parse_parts([part]) for part in content if isinstance(part, dict) and part.get("type")
                      in ("text", "thinking", "output_text", "reasoning", "refusal")]
@@ -2540,9 +2532,7 @@ class OpenAIEncoder:
                 "function": {"name": call.name, "arguments": dump(call.arguments).decode()}}
 
     def _reason(self, finish: Finish) -> str:
-        if finish.reason == "length":
-            return "length"
-        return "tool_calls" if self._calls else "stop"
+        return "length" if finish.reason == "length" else "tool_calls" if self._calls else "stop"
 
     def _usage(self, usage: Usage) -> dict:
         prompt = usage.prompt_tokens or self._call.prompt_tokens()
@@ -2888,6 +2878,10 @@ def parse_responses_tools(tools: Iterable) -> tuple[tuple, dict]:
     return tuple(found), labels
 
 
+# What the text of an item and the part around it are called in events.
+_PARTS = {"message": ("output_text", "content_part"), "reasoning": ("reasoning_summary_text", "reasoning_summary_part")}
+
+
 class ResponsesEncoder:
     """Events -> SSE of /v1/responses, or one whole answer.  Items come one after the other; each is whole in its
     `done` event, and again in the last."""
@@ -2912,7 +2906,8 @@ class ResponsesEncoder:
         if isinstance(event, Failure):
             return self.error(event.error)
         if isinstance(event, Finish):
-            return self._begin() + self._close() + self._finish(event)
+            frames, response = self._begin() + self._close(), self._ended(event)
+            return frames + self._frame(response["status"], response=response)
         self._deltas += 1
         if isinstance(event, ToolCalls):
             return self._begin() + self._close() + b"".join(map(self._encode_call, event.calls))
@@ -2920,8 +2915,7 @@ class ResponsesEncoder:
         kind = "reasoning" if isinstance(event, ThinkingDelta) else "message"
         frames = self._begin() + (b"" if self._item.get("type") == kind else self._close() + self._open(kind))
         self._text.append(event.text)
-        name = "reasoning_summary_text" if kind == "reasoning" else "output_text"
-        return frames + self._frame(f"{name}.delta", **self._place(kind), delta=event.text)
+        return frames + self._frame(f"{_PARTS[kind][0]}.delta", **self._place(kind), delta=event.text)
 
     def error(self, error: ProxyError) -> bytes:
         """The failed response; nothing follows it."""
@@ -2936,8 +2930,7 @@ class ResponsesEncoder:
                 raise event.error
             self.encode(event)
             finish = event if isinstance(event, Finish) else finish
-        status, details = self._ending(finish)
-        return dump(self._response(status, finish.usage, incomplete_details=details))
+        return dump(self._ended(finish))
 
     def _frame(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
@@ -2963,16 +2956,14 @@ class ResponsesEncoder:
         self._text = []
         self._item = {"type": "reasoning", "id": "rs_" + call_id(), "summary": []} if kind == "reasoning" else {
             "type": "message", "id": "msg_" + call_id(), "status": "in_progress", "role": "assistant", "content": []}
-        name = "reasoning_summary_part" if kind == "reasoning" else "content_part"
         return self._frame("output_item.added", output_index=len(self._output), item=self._item) \
-            + self._frame(f"{name}.added", **self._place(kind), part=self._part(kind, ""))
+            + self._frame(f"{_PARTS[kind][1]}.added", **self._place(kind), part=self._part(kind, ""))
 
     def _close(self) -> bytes:
         if not self._item:
             return b""
         kind, text = self._item["type"], "".join(self._text)
-        name, part = ("output_text", "content_part") if kind == "message" else (
-            "reasoning_summary_text", "reasoning_summary_part")
+        name, part = _PARTS[kind]
         place, whole = self._place(kind), self._part(kind, text)
         frames = self._frame(f"{name}.done", **place, text=text) + self._frame(f"{part}.done", **place, part=whole)
         item = {**self._item, "summary": [whole], "encrypted_content": text} if kind == "reasoning" else {
@@ -2998,14 +2989,10 @@ class ResponsesEncoder:
             + self._frame(f"{name}.delta", **place, delta=text) + self._frame(f"{name}.done", **place, **{key: text}) \
             + self._done({**item, "status": "completed", key: text})
 
-    @staticmethod
-    def _ending(finish: Finish) -> tuple[str, Optional[dict]]:
+    def _ended(self, finish: Finish) -> dict:
         cut = finish.reason == "length"
-        return ("incomplete", {"reason": "max_output_tokens"}) if cut else ("completed", None)
-
-    def _finish(self, finish: Finish) -> bytes:
-        status, details = self._ending(finish)
-        return self._frame(status, response=self._response(status, finish.usage, incomplete_details=details))
+        details = {"reason": "max_output_tokens"} if cut else None
+        return self._response("incomplete" if cut else "completed", finish.usage, incomplete_details=details)
 
     def _response(self, status: str, usage: Optional[Usage], **beside: Any) -> dict:
         """The response object as it is by now."""
