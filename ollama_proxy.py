@@ -2990,6 +2990,7 @@ class ResponsesEncoder:
             + self._done({**item, "status": "completed", key: text})
 
     def _ended(self, finish: Finish) -> dict:
+        """The response object at its end."""
         cut = finish.reason == "length"
         details = {"reason": "max_output_tokens"} if cut else None
         return self._response("incomplete" if cut else "completed", finish.usage, incomplete_details=details)
@@ -3590,8 +3591,6 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable:
 
 
 def _switch_value(text: Any) -> bool:
-    if isinstance(text, bool):
-        return text
     word = str(text).strip().lower()
     if word in ("1", "true", "yes", "on"):
         return True
@@ -3838,9 +3837,7 @@ def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
         if row.repeat:
             texts = [part for part in texts.split(row.repeat) if part.strip()]
     try:
-        if row.repeat:
-            return tuple(row.reader(text) for text in texts), source
-        return row.reader(texts), source
+        return tuple(map(row.reader, texts)) if row.repeat else row.reader(texts), source
     except (ValueError, TypeError, BadRequest) as error:
         label = row.flags.split()[0] if source == "flag" else source
         shown = "***" if row.secret else one_line(texts if isinstance(texts, str) else "; ".join(texts), 100)
@@ -3869,10 +3866,8 @@ def _pick_address(values: dict, sources: dict, target: Target) -> tuple[str, int
     if sources["listen"] == "default" and target.port == OLLAMA_PORT and not values["demo"] \
             and (values["target_api"] == "ollama" or is_loopback(target.host)):
         port = OPENAI_FACE_PORT
-    if values["host"]:
-        host = values["host"].strip("[]")
-    if values["port"] is not None:
-        port = values["port"]
+    host = values["host"].strip("[]") if values["host"] else host
+    port = values["port"] if values["port"] is not None else port
     same_host = host in ("", "0.0.0.0", "::", target.host) or is_loopback(host)
     if port and port == target.port and is_loopback(target.host) and same_host and not values["demo"]:
         raise UsageError(f"the target {target.url} is the address this proxy listens on: "
@@ -3909,16 +3904,10 @@ def argument_parser() -> argparse.ArgumentParser:
         shown = " or ".join(row.variables)
         if row.default not in ("", None, (), False):
             shown += f", default {row.default}"
-        options: dict = {"dest": row.field, "default": None, "help": f"{row.help} ({shown})".replace("%", "%%")}
-        if not row.metavar:
-            options["action"] = "store_true"
-        else:
-            options["metavar"] = row.metavar
-            if row.optional is not None:
-                options.update(nargs="?", const=row.optional)
-            if row.repeat:
-                options["action"] = "append"
-        group.add_argument(*row.flags.split(), **options)
+        action = "append" if row.repeat else "store" if row.metavar else "store_true"
+        beside = present(metavar=row.metavar or None, nargs="?" if row.optional else None, const=row.optional)
+        group.add_argument(*row.flags.split(), dest=row.field, default=None, action=action, **beside,
+                           help=f"{row.help} ({shown})".replace("%", "%%"))
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
     group.add_argument("--version", action="version", version=f"ollama_proxy {__version__}")
     return parser
@@ -4274,10 +4263,7 @@ class TargetWire(Wire):
         answer and close before it has read all.  Raises _NoAnswer when not a byte of one came."""
         deadline = 0.0
         try:
-            while True:
-                head = self.head(deadline)
-                if head is None:
-                    break
+            while (head := self.head(deadline)) is not None:
                 parsed = parse_answer_head(head)
                 if parsed[1] >= 200:
                     return parsed       # 100 and 103 announce the answer; they are not the answer
@@ -4335,6 +4321,7 @@ class Reply:
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
             raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
         self.length = int(length) if length is not None else None       # as announced, also for HEAD
+        self.content_type = self.headers.get("content-type", "")
         bodiless = method == "HEAD" or self.status in (204, 304)
         # Exactly one framing: with neither the body ends with the connection, with both it smells of smuggling.
         self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
@@ -4345,10 +4332,6 @@ class Reply:
             coding, lambda sentence, _: BadUpstreamPayload(f"upstream sent a body that {sentence}"))
         self._body = wire.body(0 if bodiless else self.length, chunked and not bodiless)
         wire.in_step = False            # the generator says so itself only once it runs
-
-    @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "")
 
     def pieces(self) -> Iterator[bytes]:
         """Body bytes as they come, framing and compression off.
@@ -4449,12 +4432,10 @@ class Upstream:
         elif body or method in ("POST", "PUT", "PATCH"):
             lines.append(f"Content-Length: {len(body)}")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        out = [head + body] if isinstance(body, bytes) else itertools.chain([head], map(http_chunk, body), [LAST_CHUNK])
         try:
-            wire.connection.send(head + body if isinstance(body, bytes) else head)
-            if not isinstance(body, bytes):
-                for piece in body:
-                    wire.connection.send(http_chunk(piece))
-                wire.connection.send(LAST_CHUNK)
+            for part in out:
+                wire.connection.send(part)
         except (socket.timeout, BlockingIOError):
             raise UpstreamTimeout(f"{target.url} did not take the request for {wire.patience:g} s") from None
         except OSError as error:
@@ -5420,12 +5401,8 @@ _ESCAPED = re.compile("%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])
 
 def clean_path(path: str) -> str:
     """The path a client meant: slashes doubled by a base URL, prefixes doubled by a habit."""
-    path = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), path)
-    while "//" in path:
-        path = path.replace("//", "/")
-    if len(path) > 1:
-        path = path.rstrip("/") or "/"
-    path = _ODD_PREFIX.sub("", path) or "/"
+    path = re.sub("//+", "/", _ESCAPED.sub(lambda found: chr(int(found[1], 16)), path))
+    path = _ODD_PREFIX.sub("", path.rstrip("/")) or "/"
     return "/v1" + path if path in _ROOT_ALIASES else path
 
 
@@ -5442,9 +5419,8 @@ class Request:
         self.started = time.monotonic_ns()
 
 
-def request_dialect(request: Optional[Request]) -> Dialect:
+def request_dialect(path: str) -> Dialect:
     """Who must understand our errors: told by the path alone, so that it works for paths unknown."""
-    path = request.path if request is not None else "/"
     return ANTHROPIC if path.startswith("/v1/messages") else OPENAI if path.startswith("/v1") else OLLAMA
 
 
@@ -5471,6 +5447,7 @@ class Log:
     def __init__(self, config: Config) -> None:
         self._secrets = config.secrets
         self.debugging = config.debug and not config.no_log
+        self.tap = self.data if self.debugging else None        # sees every chunk of a stream (mission B9)
         self._quiet = config.no_log
         self._waiting: collections.deque = collections.deque()      # (stream, line)
         self._lost = 0                  # lines that nobody took
@@ -5504,11 +5481,6 @@ class Log:
         if self.debugging:
             took = f" (took {(time.monotonic_ns() - started) / 1e6:.0f}ms)" if started else ""
             self.debug(f"{label}: {data.decode('utf-8', 'replace')}{took}")
-
-    @property
-    def tap(self) -> Optional[Callable]:
-        """What --debug does with every chunk of a stream (mission B9); None without it."""
-        return self.data if self.debugging else None
 
     def say(self, text: str) -> None:
         """Something the operator should know."""
@@ -5648,10 +5620,8 @@ def refusal(reply: Reply) -> UpstreamRefused:
         data = reply.read(MAX_ERROR_BYTES, cut=True)
     except (StreamTruncated, BadUpstreamPayload):
         data = b""                      # the status is worth more than half a text
-    headers = []
     wait_for = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
-    if wait_for and reply.status in (402, 429, 503):
-        headers.append(("Retry-After", one_line(wait_for, 60)))
+    headers = [("Retry-After", one_line(wait_for, 60))] if wait_for and reply.status in (402, 429, 503) else []
     return UpstreamRefused(error_text(data, reply.status), reply.status if 400 <= reply.status <= 599 else 502, headers,
                            load_or_none(data), data, reply.content_type)
 
@@ -6037,7 +6007,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
             text = log.redact(error.raw.decode("latin-1")).encode("latin-1")
             # An empty error body looks like success to several clients.
             response = Response(error.status, text, answer[0] or TEXT, answer[1]) if text else \
-                json_response(request_dialect(request).render_error(error), error.status, answer[1])
+                json_response(request_dialect(request.path).render_error(error), error.status, answer[1])
             response.failure = (blame_our_key(scope.context, error, request) if key else error).message
             return response
     length = None if "content-encoding" in reply.headers else reply.length
@@ -6048,18 +6018,17 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
         data = reply.read()
         log.data("Target response", data, request.started)
         return Response(reply.status, data, *answer)
-    pieces = ([piece] for piece in tapped(reply.pieces(), log.tap))
+    pieces = tapped(reply.pieces(), log)
     # Of a stream the head goes out at once, for servers may be silent during a long prompt.
     lines = itertools.chain([[]], pieces) if answer[0].startswith(EVENT_STREAM) else primed(pieces)
     return Response(reply.status, b"", *answer, lines=lines, length=length)
 
 
-def tapped(pieces: Iterable, tap: Optional[Callable]) -> Iterator[bytes]:
-    """The pieces of a relayed answer, shown to --debug."""
+def tapped(pieces: Iterable, log: Log) -> Iterator[list]:
+    """The pieces of a relayed answer as lists of one, shown to --debug."""
     for piece in pieces:
-        if tap is not None:
-            tap("Target chunk", piece)
-        yield piece
+        log.data("Target chunk", piece)
+        yield [piece]
 
 
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -6745,7 +6714,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             error = blame_our_key(self.context, error, request)
         own = self.context.authorization_of(request).rpartition(" ")[2]     # a client's key that the target repeats
         error.message = self._error_text = self.context.log.redact(error.message.replace(own or "\0", "***"))
-        dialect = request_dialect(request)
+        dialect = request_dialect(request.path)
         headers = list(error.headers)
         if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
             headers.append(("x-should-retry", "false"))     # OpenAI's and Anthropic's SDKs ask again otherwise
@@ -6910,11 +6879,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
     def __init__(self, pace: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), DemoHandler)
         self.pace = pace                # seconds between words
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def server_bind(self) -> None:
         http.server.socketserver.TCPServer.server_bind(self)
@@ -7155,11 +7121,10 @@ def main(argv: Optional[list] = None) -> int:
         text = f"ollama_proxy: cannot listen on {host or '*'}:{port}: {reason_of(error)}{hint}"
         print(paint(text, False, sys.stderr), file=sys.stderr)
         return 1
+    if config.workers > 1 and hasattr(os, "fork"):
+        return serve_workers(config, server, config.workers)
     if config.workers > 1:
-        if not hasattr(os, "fork"):
-            print("ollama_proxy: --workers needs a POSIX system; running one process", file=sys.stderr)
-        else:
-            return serve_workers(config, server, config.workers)
+        print("ollama_proxy: --workers needs a POSIX system; running one process", file=sys.stderr)
     return serve(server)
 
 
