@@ -938,6 +938,33 @@ def gather(events: Iterable) -> tuple[str, str, list, list, Finish]:
     return "".join(text), "".join(thinking), calls, logprobs, finish
 
 
+class Encoder:
+    """Events -> bytes for a client: what the encoders of all dialects have in common.
+
+    `clock` tells monotonic nanoseconds (`now`), seconds (`wall`) and the RFC 3339 stamp (`stamp`); `started` and `sent`
+    are when the request arrived and when it went to the target; `reasoning` names OpenAI's delta keys that carry
+    thinking.  A count the target never gave is an estimate: deltas seen, bytes / 4 for the prompt.
+    """
+
+    media_type = EVENT_STREAM
+    tail = b""
+
+    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int,
+                 reasoning: tuple = ("reasoning_content", "reasoning")) -> None:
+        self._call, self._clock, self._started, self._sent, self._reasoning = call, clock, started, sent, reasoning
+        self._deltas = 0
+        self._ids: set = set()          # of the calls so far
+
+    def tick(self) -> None:
+        """A new batch of events begins: nothing here changes with time."""
+
+    def _unused_id(self, call: ToolCall, prefix: str) -> str:
+        """The id of a call, or another where it has none of its own."""
+        used = call.id if call.id and call.id not in self._ids else prefix + call_id()
+        self._ids.add(used)
+        return used
+
+
 def as_list(value: Any) -> list:
     """The list in a field of an upstream, or nothing."""
     return value if isinstance(value, list) else []
@@ -1576,23 +1603,15 @@ def ollama_answer(call: ChatCall, stamp: str, text: str = "", **beside: Any) -> 
     return {"model": call.model, "created_at": stamp, **said, "done": False}
 
 
-class OllamaEncoder:
-    """Events -> NDJSON lines of /api/chat or /api/generate, or one whole answer.
-
-    `clock` tells monotonic nanoseconds (`now`) and the RFC 3339 stamp (`stamp`); `started` and `sent`
-    are when the request arrived and when it went to the target.  A count the target never gave is an
-    estimate: deltas seen, bytes / 4 for the prompt.
-    """
+class OllamaEncoder(Encoder):
+    """Events -> NDJSON lines of /api/chat or /api/generate, or one whole answer."""
 
     media_type = NDJSON
-    tail = b""
 
-    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
-        del reasoning
-        self._call, self._clock, self._started, self._sent = call, clock, started, sent
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._first = 0                 # when the first delta was encoded
-        self._deltas = 0
-        self._answer: Optional[list] = [] if call.conversation is not None else None
+        self._answer: Optional[list] = [] if self._call.conversation is not None else None
         self._stamp = ""
 
     def tick(self) -> None:
@@ -2428,31 +2447,23 @@ def stream_error(value: dict) -> UpstreamError:
     return UpstreamError(text)
 
 
-class OpenAIEncoder:
+class OpenAIEncoder(Encoder):
     """Events -> SSE of /v1/chat/completions or /v1/completions, or one whole answer.
 
-    `reasoning` names the delta keys that carry thinking.  One id and one date serve the whole stream.
+    One id and one date serve the whole stream.
     """
 
-    media_type = EVENT_STREAM
     tail = b"data: [DONE]\n\n"
 
-    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int,
-                 reasoning: tuple = ("reasoning_content", "reasoning")) -> None:
-        del started, sent
-        self._call, self._reasoning = call, reasoning
-        self._ids: set = set()
-        self._chat = call.face != "completion"
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._chat = self._call.face != "completion"
         self._base = {"id": ("chatcmpl-" if self._chat else "cmpl-") + call_id() + call_id(),
                       "object": "chat.completion.chunk" if self._chat else "text_completion",
-                      "created": int(clock.wall()), "model": call.model, "system_fingerprint": "fp_ollama"}
+                      "created": int(self._clock.wall()), "model": self._call.model, "system_fingerprint": "fp_ollama"}
         self._spoke = False
-        self._calls = 0
-        self._deltas = self._offset = 0
+        self._calls = self._offset = 0
         self._around: Optional[tuple] = None
-
-    def tick(self) -> None:
-        """Nothing here changes with time."""
 
     def around(self, texts: list) -> tuple[bytes, bytes]:
         """What stands before and after each of `texts`, once the role was sent."""
@@ -2519,9 +2530,7 @@ class OpenAIEncoder:
                                  for item in items]}
 
     def _tool_call(self, call: ToolCall) -> dict:
-        used = call.id if call.id and call.id not in self._ids else "call_" + call_id()
-        self._ids.add(used)
-        return {"id": used, "type": "function",
+        return {"id": self._unused_id(call, "call_"), "type": "function",
                 "function": {"name": call.name, "arguments": dump(call.arguments).decode()}}
 
     def _reason(self, finish: Finish) -> str:
@@ -2666,23 +2675,14 @@ def parse_thinking(thinking: dict, output: dict) -> Any:
     return EFFORTS.get(as_text(output.get("effort")), True if thinking.get("type") == "enabled" else None)
 
 
-class AnthropicEncoder:
+class AnthropicEncoder(Encoder):
     """Events -> SSE of /v1/messages, or one whole answer.  Blocks come one after the other, each with an index."""
 
-    media_type = EVENT_STREAM
-    tail = b""
-
-    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
-        del clock, started, sent, reasoning
-        self._call = call
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._message = {"id": "msg_" + call_id() + call_id() + call_id()[:6], "type": "message", "role": "assistant",
-                         "model": call.model, "content": []}
-        self._index, self._kind, self._deltas = -1, "", 0
-        self._called = False
-        self._ids: set = set()
-
-    def tick(self) -> None:
-        """Nothing here changes with time."""
+                         "model": self._call.model, "content": []}
+        self._index, self._kind, self._called = -1, "", False
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
@@ -2745,9 +2745,7 @@ class AnthropicEncoder:
         return started + self._frame("content_block_delta", index=self._index, delta=delta) + self._stop()
 
     def _tool_use(self, call: ToolCall) -> dict:
-        used = call.id if call.id and call.id not in self._ids else "toolu_" + call_id()
-        self._ids.add(used)
-        return {"type": "tool_use", "id": used, "name": call.name}
+        return {"type": "tool_use", "id": self._unused_id(call, "toolu_"), "name": call.name}
 
     def _reason(self, finish: Finish) -> str:
         if finish.stop:
@@ -2872,24 +2870,18 @@ def parse_responses_tools(tools: Iterable) -> tuple[tuple, dict]:
 _PARTS = {"message": ("output_text", "content_part"), "reasoning": ("reasoning_summary_text", "reasoning_summary_part")}
 
 
-class ResponsesEncoder:
+class ResponsesEncoder(Encoder):
     """Events -> SSE of /v1/responses, or one whole answer.  Items come one after the other; each is whole in its
     `done` event, and again in the last."""
 
-    media_type = EVENT_STREAM
-    tail = b""
-
-    def __init__(self, call: ChatCall, clock: Any, started: int, sent: int, reasoning: tuple = ()) -> None:
-        del started, sent, reasoning
-        self._call, self._created = call, int(clock.wall())
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._created = int(self._clock.wall())
         self._id = "resp_" + call_id() + call_id()
         self._output: list[dict] = []       # items that are done
         self._item: dict = {}               # the one that is open
         self._text: list[str] = []          # of the open item
-        self._number, self._deltas, self._thought = 0, 0, 0
-
-    def tick(self) -> None:
-        """Nothing here changes with time."""
+        self._number, self._thought = 0, 0
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
