@@ -364,7 +364,7 @@ class Dialect(NamedTuple):
     render_chat: Any = None         # ChatCall, Habits, context length -> WireRequest
     render_embed: Any = None        # EmbedCall, Habits -> WireRequest
     read_embeddings: Any = None     # answer, count -> (vectors, Usage)
-    render_embeddings: Any = None   # EmbedCall, vectors, Usage, durations -> answer
+    render_embeddings: Any = None   # EmbedCall, vectors, Usage, duration -> answer
     Decoder: Any = None             # ChatCall -> bytes, or a whole answer, to events
 
 
@@ -1503,11 +1503,11 @@ def _read_vector(value: Any) -> list:
     return list(value)
 
 
-def render_ollama_embeddings(call: EmbedCall, model: str, vectors: list, usage: Usage, took: int) -> dict:
+def render_ollama_embeddings(call: EmbedCall, vectors: list, usage: Usage, took: int) -> dict:
     """Vectors -> answer of /api/embed, or of /api/embeddings when `call.legacy`.  `took` in ns."""
     if call.legacy:
         return {"embedding": vectors[0] if vectors else []}
-    answer = {"model": model, "embeddings": vectors}
+    answer = {"model": call.model, "embeddings": vectors}
     if vectors:
         prompt = usage.prompt_tokens or max(1, sum(len(text.encode("utf-8", "replace")) for text in call.inputs) // 4)
         answer.update(total_duration=max(1, took), load_duration=usage.load_ns or 1, prompt_eval_count=prompt)
@@ -2082,11 +2082,11 @@ def read_openai_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
             Usage(prompt_tokens=as_count(usage.get("prompt_tokens")) or as_count(usage.get("total_tokens"))))
 
 
-def render_openai_embeddings(call: EmbedCall, model: str, vectors: list, usage: Usage, took: int) -> dict:
+def render_openai_embeddings(call: EmbedCall, vectors: list, usage: Usage, took: int) -> dict:
     """Vectors -> answer of /v1/embeddings."""
     del took
     tokens = usage.prompt_tokens or 0
-    return {"object": "list", "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
+    return {"object": "list", "model": call.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
         {"object": "embedding", "index": at, "embedding":
          base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii") if call.base64 else vector}
         for at, vector in enumerate(vectors)]}
@@ -5822,7 +5822,7 @@ def embed(request: Request, scope: Scope) -> Response:
     call = client.parse_embed(load_request(request.body), request.route.face == "legacy")
     info = resolve_as(context, call.model, 'model "{name}" not found, try pulling it first')
     if not call.inputs:
-        return json_response(client.render_embeddings(call, call.model, [], Usage(), 0))
+        return json_response(client.render_embeddings(call, [], Usage(), 0))
     if call.keep_alive is None:
         call = call._replace(keep_alive=settings_for(context.config, info.id)[1].get("keep_alive"))
     vectors, counts, portion = [], [], []
@@ -5843,8 +5843,7 @@ def embed(request: Request, scope: Scope) -> Response:
         vectors += more
         counts.append(usage.prompt_tokens)
     usage = Usage(sum(counts) if all(counts) else None)
-    took = time.monotonic_ns() - request.started
-    return json_response(client.render_embeddings(call, call.model, vectors, usage, took))
+    return json_response(client.render_embeddings(call, vectors, usage, time.monotonic_ns() - request.started))
 
 
 def constant(value: Any, media_type: str = JSON) -> Callable:
@@ -5912,8 +5911,7 @@ def unsupported(request: Request, scope: Scope) -> Response:
     context = scope.context
     if context.fallback is not None:
         return relay(scope, request, context.fallback, context.fallback.root + request.path, request.body, key=False)
-    verb = request.path.split("/")[2] if request.path.count("/") > 1 else request.path
-    raise BadRequest(f"{_VERBS.get(verb, request.path)} is not supported by this proxy: the models live on "
+    raise BadRequest(f"{_VERBS[request.path.split('/')[2]]} is not supported by this proxy: the models live on "
                      f"{context.target.url} (--fallback URL sends such requests to a real Ollama)", 501)
 
 
@@ -6799,7 +6797,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/v1/embeddings":
             call = parse_openai_embed(body)
             usage = Usage(sum(len(text.split()) for text in call.inputs))
-            self._answer(render_openai_embeddings(call, call.model, list(map(self._vector, call.inputs)), usage, 0))
+            self._answer(render_openai_embeddings(call, list(map(self._vector, call.inputs)), usage, 0))
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
             call = parse_openai_chat(body, "chat" if "chat" in self.path else "completion")
             events, encoder = self._events(call), OpenAIEncoder(call, Clock, 0, 0)

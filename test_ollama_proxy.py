@@ -1564,12 +1564,12 @@ def test_missing_embeddings_are_an_error_not_a_short_list(answer, count):
 
 def test_embedding_answers_hold_what_ollama_says_and_nothing_else():
     call = EmbedCall("m", ("abcd" * 3,))
-    assert OLLAMA.render_embeddings(call, "m", [[1]], Usage(2), 5) == {
+    assert OLLAMA.render_embeddings(call, [[1]], Usage(2), 5) == {
         "model": "m", "embeddings": [[1]], "total_duration": 5, "load_duration": 1, "prompt_eval_count": 2}
-    assert OLLAMA.render_embeddings(call, "m", [[1]], Usage(), 5)["prompt_eval_count"] == 3
-    assert OLLAMA.render_embeddings(EmbedCall("m", ("\u597d" * 4,)), "m", [[1]], Usage(), 5)["prompt_eval_count"] == 3
-    assert OLLAMA.render_embeddings(call._replace(legacy=True), "m", [[1]], Usage(2), 5) == {"embedding": [1]}
-    packed = OPENAI.render_embeddings(call._replace(base64=True), "m", [[1.0, 0.5]], Usage(2), 5)["data"][0]["embedding"]
+    assert OLLAMA.render_embeddings(call, [[1]], Usage(), 5)["prompt_eval_count"] == 3
+    assert OLLAMA.render_embeddings(EmbedCall("m", ("\u597d" * 4,)), [[1]], Usage(), 5)["prompt_eval_count"] == 3
+    assert OLLAMA.render_embeddings(call._replace(legacy=True), [[1]], Usage(2), 5) == {"embedding": [1]}
+    packed = OPENAI.render_embeddings(call._replace(base64=True), [[1.0, 0.5]], Usage(2), 5)["data"][0]["embedding"]
     assert struct.unpack("<2f", base64.b64decode(packed)) == (1.0, 0.5)
 
 
