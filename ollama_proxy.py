@@ -1344,18 +1344,12 @@ def render_ollama_options(call: ChatCall) -> dict:
 
 def render_ollama_message(message: Message, names: dict) -> dict:
     """One turn for a real Ollama: string content, bare base64, object arguments, named results."""
-    wire: dict = {"role": message.role, "content": message.content}
-    if message.thinking:
-        wire["thinking"] = message.thinking
-    if message.images:
-        wire["images"] = [image.data for image in message.images]
-    if message.tool_calls:
-        wire["tool_calls"] = ollama_calls(message.tool_calls)
-        names.update((call.id, call.name) for call in message.tool_calls)
-    if message.role == "tool":
-        wire.update(present(tool_name=message.tool_name or names.get(message.tool_call_id) or None,
-                            tool_call_id=message.tool_call_id or None))
-    return wire
+    names.update((call.id, call.name) for call in message.tool_calls)
+    tied = present(tool_name=message.tool_name or names.get(message.tool_call_id) or None,
+                   tool_call_id=message.tool_call_id or None) if message.role == "tool" else {}
+    return {"role": message.role, "content": message.content, **present(
+        thinking=message.thinking or None, images=[image.data for image in message.images] or None,
+        tool_calls=ollama_calls(message.tool_calls) or None), **tied}
 
 
 def ollama_calls(calls: Iterable) -> list:
@@ -1941,10 +1935,8 @@ def render_openai_message(message: Message, habits: Habits) -> list[dict]:
         content = render_parts(message.content, message.images) if shown else message.content
         return [{"role": message.role, "content": content}]
     turn: dict = {"role": "assistant", "content": message.content}
-    if message.thinking and "reasoning_content" in habits.echo:
-        turn["reasoning_content"] = message.thinking    # for the servers that demand it back
-    elif habits.fill_reasoning:
-        turn["reasoning_content"] = message.thinking or " "
+    if habits.fill_reasoning or (message.thinking and "reasoning_content" in habits.echo):
+        turn["reasoning_content"] = message.thinking or " "     # for the servers that demand it back
     if message.tool_calls:
         turn["content"] = message.content or None
         turn["tool_calls"] = []
@@ -2061,10 +2053,8 @@ def render_infill(call: ChatCall, stream: bool) -> WireRequest:
 
 def render_openai_embed(call: EmbedCall, habits: Habits) -> WireRequest:
     """EmbedCall -> POST /embeddings with nothing that strict servers refuse (upstreams rule 25)."""
-    body: dict = {"model": call.model, "input": list(call.inputs)}
-    if call.dimensions:
-        body[habits.dimensions] = call.dimensions
-    return WireRequest("/embeddings", body)
+    length = {habits.dimensions: call.dimensions} if call.dimensions else {}
+    return WireRequest("/embeddings", {"model": call.model, "input": list(call.inputs), **length})
 
 
 def read_openai_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
@@ -3779,8 +3769,7 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
         environ = dict(os.environ if environ is None else environ)
         env_file = given.get("env_file") or environ.get("OLLAMA_PROXY_ENV_FILE")
         found, notes = read_env_file(env_file)
-        for name, value in found.items():
-            environ.setdefault(name, value)
+        environ = {**found, **environ}
         known = [name for row in SETTINGS for name in row.variables]
         notes += [f"{name} is no setting{did_you_mean(name, known)}" for name in environ
                   if name.startswith("OLLAMA_PROXY_") and name not in known]
