@@ -1754,8 +1754,7 @@ OPENAI_OPTION_KEYS = {
     "temperature": ("temperature",), "top_p": ("top_p",), "seed": ("seed",), "max_tokens": ("max_tokens",),
     "stop": ("stop",), "presence_penalty": ("presence_penalty",), "frequency_penalty": ("frequency_penalty",),
     "top_k": ("top_k",), "min_p": ("min_p",), "typical_p": ("typical_p",), "repeat_last_n": ("repeat_last_n",),
-    "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
-}
+    "repeat_penalty": ("repeat_penalty", "repetition_penalty")}
 OPENAI_STANDARD = tuple(OPENAI_OPTION_KEYS)[:7]
 FINISH_LENGTH = frozenset(("length", "max_tokens", "model_length", "max_output_tokens"))
 FINISH_ERROR = frozenset(("error", "insufficient_system_resource"))
@@ -1770,8 +1769,7 @@ THINK_SWITCHES = {
                   lambda level: {"reasoning": {"effort": "high" if level == "max" else level}}),
     "thinking": ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled"}},
                  lambda level: {"thinking": {"type": "enabled"}, "reasoning_effort": level}),
-    "high": ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, lambda level: {"reasoning_effort": "high"}),
-}
+    "high": ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, lambda level: {"reasoning_effort": "high"})}
 # Fields of requests and their JSON types; `object` may be anything.
 OPENAI_FIELDS = {
     **{wire: OPTION_KINDS.get(name, float) for name, wires in OPENAI_OPTION_KEYS.items() for wire in wires},
@@ -3427,8 +3425,7 @@ PRESETS = {
                         habits=Habits()),
     "gemini": Preset("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY",
                      ("generativelanguage.googleapis.com",), habits=_STRICT, lessons=_NO_PENALTIES),
-    "xai": Preset("https://api.x.ai/v1", "XAI_API_KEY", ("api.x.ai",), habits=_STRICT),
-}
+    "xai": Preset("https://api.x.ai/v1", "XAI_API_KEY", ("api.x.ai",), habits=_STRICT)}
 
 
 class UsageError(Exception):
@@ -3723,8 +3720,7 @@ SETTINGS = (
     Setting("--no-log", "", False, "print nothing but errors"),
     Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
     Setting("--demo", "", False, "start a tiny server inside and use it"),
-    Setting("--check", "", False, "ask the server everything that clients need, print the findings, exit"),
-)
+    Setting("--check", "", False, "ask the server everything that clients need, print the findings, exit"))
 
 
 class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
@@ -5180,8 +5176,7 @@ SYMPTOMS = (
            r"|less than [0-9]+ tokens|allowed token size|range of input length", lesson=False),
     # OpenAI
     Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens"),
-           r"max_completion_tokens.? instead"),
-)
+           r"max_completion_tokens.? instead"))
 # For a key that the refusal names.  A key without a row is left out.
 REMEDIES = (
     Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens")),
@@ -5194,8 +5189,7 @@ REMEDIES = (
     Remedy("effort max is sent as high", "reasoning_effort", _lower_effort),
     Remedy("reasoning_content is left out", "reasoning_content", _messages_without),
     Remedy("reasoning_details is left out", "reasoning_details", _messages_without),
-    Remedy("strict is left out of tools", "strict", _tools_without_strict),
-)
+    Remedy("strict is left out of tools", "strict", _tools_without_strict))
 _VALUE_REFUSED = re.compile(
     r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
     r"|both be specified|only be set to|Supported values|invalid schema|schema conversion|grammar", re.I)
@@ -6190,8 +6184,7 @@ ROUTES = {
     ("POST", "/v1/embeddings"): Route(embed, OPENAI, "embed"),
     ("POST", "/v1/messages"): Route(relay_or_translate, ANTHROPIC, "chat"),
     ("POST", "/v1/messages/count_tokens"): Route(relay_or_translate, ANTHROPIC, "count"),
-    ("POST", "/v1/responses"): Route(relay_or_translate, RESPONSES, "chat"),
-}
+    ("POST", "/v1/responses"): Route(relay_or_translate, RESPONSES, "chat")}
 
 _ARGUMENTS = {"/api/blobs/": "{digest}", "/v1/models/": "{id}"}        # paths that end in one
 # What is relayed.  TRACE would echo our own key to the client, CONNECT would make us an open proxy.
@@ -6922,8 +6915,7 @@ CHECKS = (
     ("thinking", "/api/chat", {"content": "What is 2 + 2?", "stream": False, "think": True}),
     ("vision", "/api/chat", {"content": "What colour is this?", "stream": False, "images": [_PIXEL]}),
     ("suffix", "/api/generate", {"prompt": "def add(a, b):\n    return ", "suffix": "\n", "stream": False}),
-    ("embeddings", "/api/embed", {"input": "hello"}),
-)
+    ("embeddings", "/api/embed", {"input": "hello"}))
 # What kinds of clients need of that.
 CLIENTS = {"VS Code Copilot": "stream tools", "JetBrains AI Assistant": "stream", "Open WebUI": "chat stream",
            "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools context",
