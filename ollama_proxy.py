@@ -5084,9 +5084,9 @@ SYMPTOMS = (
     Remedy("think is left out", "think", _drop, _NO_THINKING),
     # DeepSeek (deepseek-ai/DeepSeek-V3#69), and most others
     Remedy("numbers are brought into the range that it takes", "", _clamp,
-           r"(?:range.{0,30}|be in )\[\s*(-?[0-9.]+)\s*,\s*(-?[0-9.]+)\s*\]|between (-?[0-9.]+) and (-?[0-9.]*[0-9])"
-           r"|range: ?(-?[0-9]+)\.\.(-?[0-9]+)|maximum output tokens \(([0-9]+)\)"
-           r"|[0-9] > ([0-9]+), which is the maximum"
+           r"(?:range.{0,30}|be in )\[\s*(-?[0-9]*\.?[0-9]+)\s*,\s*(-?[0-9]*\.?[0-9]+)\s*\]"
+           r"|between (-?[0-9]*\.?[0-9]+) and (-?[0-9]*\.?[0-9]+)|range: ?(-?[0-9]+)\.\.(-?[0-9]+)"
+           r"|maximum output tokens \(([0-9]+)\)|[0-9] > ([0-9]+), which is the maximum"
            r"|(?:less than or equal to|at most|<=|maximum(?: allowed)?(?: value)?(?: is| of|:)?) ?(-?[0-9]*\.?[0-9]+)",
            lesson=False),
     # Gemini (googleapis/python-genai#867), Groq, Cerebras, llama.cpp
@@ -6092,9 +6092,9 @@ def relay_native(request: Request, scope: Scope) -> Response:
 
     def heal(error: UpstreamRefused) -> Optional[bytes]:
         """Takes an injected think away from a model that cannot."""
-        if "think" not in injected or not re.search(_NO_THINKING, error.message, re.I):
+        if not re.search(_NO_THINKING, error.message, re.I) or injected.pop("think", None) is None:
             return None
-        return dump({**body, **{key: value for key, value in injected.items() if key != "think"}})
+        return dump({**body, **injected})
 
     return relay(scope, request, context.target, context.path(True, request.path), data, heal=heal)
 

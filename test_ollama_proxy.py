@@ -8502,6 +8502,25 @@ def test_json_that_curl_calls_a_form_is_sent_as_json(start, target):
     assert target.calls("/v1/chat/completions")[-1].headers["content-type"] == "application/json"
 
 
+def test_a_refusal_that_comes_again_without_think_ends_the_request(start, ollama_target):
+    refused = {"error": '"glm-5:cloud" does not support thinking'}
+    ollama_target.answers["/api/chat"] = http_answer(refused, 400)
+    answer = start("--target-api", "ollama").post("/api/chat", {**CHAT, "model": "glm-5:cloud"})
+    assert answer.status == 400 and json.loads(answer.data) == refused
+    assert ["think" in call.json for call in ollama_target.calls("/api/chat")] == [True, False]
+
+
+def test_a_range_that_is_none_is_the_servers_error(start, target):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "temperature out of range [0..., 2]"}}, 400)
+    answer = start("--target-api", "openai").post("/api/chat", {**CHAT, "options": {"temperature": 3}})
+    assert answer.status == 400 and json.loads(answer.data) == {"error": "temperature out of range [0..., 2]"}
+
+
+def test_it_runs_as_a_module_which_python_keeps_compiled():
+    done = subprocess.run([sys.executable, "-m", "ollama_proxy", "--version"], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == f"ollama_proxy {proxy_module.__version__}\n" and not done.stderr
+
+
 def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
     answer = start("--target", "https://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT)
