@@ -168,12 +168,19 @@ class Image(NamedTuple):
 
 class ToolCall(NamedTuple):
     """One call, whole, never a fragment.  `arguments` is an object; `extra` is what the upstream
-    attached and wants to see again when the call comes back in the history."""
+    attached and wants to see again when the call comes back in the history; `raw` is what the model
+    wrote where that is no JSON object: agents tell it so, and it tries again."""
 
     id: str
     name: str
     arguments: dict
     extra: Optional[dict] = None
+    raw: str = ""
+
+    @property
+    def text(self) -> str:
+        """The arguments as text."""
+        return self.raw or dump(self.arguments).decode()
 
 
 class Tool(NamedTuple):
@@ -1353,7 +1360,14 @@ def render_ollama_message(message: Message, names: dict) -> dict:
 
 
 def ollama_calls(calls: Iterable) -> list:
-    """Calls as Ollama writes them: id, index within the turn, object arguments, no type."""
+    """Calls as Ollama writes them: id, index within the turn, object arguments, no type.
+
+    Raises BadUpstreamPayload for arguments that are no object: Ollama has no way to write them.
+    """
+    for call in calls:
+        if call.raw:
+            raise BadUpstreamPayload(f"the model called {one_line(call.name, 60)} with arguments that are "
+                                     f"not a JSON object: {one_line(call.raw, 200)}")
     return [{"id": call.id, "function": {"index": at, "name": call.name, "arguments": call.arguments}}
             for at, call in enumerate(calls)]
 
@@ -2135,8 +2149,7 @@ class ToolAssembler:
                            or (bool(call["text"].strip()) and parse_arguments(call["text"]) is not None))
 
     def close(self, cut: bool, message_extra: dict) -> tuple:
-        """Returns the calls.  With `cut` (the length limit) unfinished ones are left out; otherwise
-        raises BadUpstreamPayload for arguments that cannot be read."""
+        """Returns the calls.  With `cut` (the length limit) those whose arguments cannot be read are left out."""
         calls = []
         for call in self._calls:
             if not call["name"]:
@@ -2144,14 +2157,12 @@ class ToolAssembler:
             arguments = call["object"] if call["object"] is not None else parse_arguments(call["text"])
             if arguments is None:       # some servers repeat the whole in the last fragment, or in each
                 arguments = parse_arguments(call["last"])
-            if arguments is None:
-                if cut:
-                    continue
-                raise BadUpstreamPayload(f"the model called {one_line(call['name'], 60)} with arguments that are "
-                                         f"not a JSON object: {one_line(call['text'], 200)}")
+            if arguments is None and cut:
+                continue
             extra = present(call=call["extra"] or None, message=message_extra or None)
             used = call["id"] if call["id"] and all(call["id"] != other.id for other in calls) else call_id()
-            calls.append(ToolCall(used, call["name"], arguments, extra or None))
+            raw = call["text"] if arguments is None else ""
+            calls.append(ToolCall(used, call["name"], {"arguments": raw} if raw else arguments, extra or None, raw))
             message_extra = {}
         return tuple(calls)
 
@@ -2519,7 +2530,7 @@ class OpenAIEncoder(Encoder):
 
     def _tool_call(self, call: ToolCall) -> dict:
         return {"id": self._unused_id(call, "call_"), "type": "function",
-                "function": {"name": call.name, "arguments": dump(call.arguments).decode()}}
+                "function": {"name": call.name, "arguments": call.text}}
 
     def _reason(self, finish: Finish) -> str:
         return "length" if finish.reason == "length" else "tool_calls" if self._calls else "stop"
@@ -2728,7 +2739,7 @@ class AnthropicEncoder(Encoder):
 
     def _encode_call(self, call: ToolCall) -> bytes:
         self._called = True
-        delta = {"type": "input_json_delta", "partial_json": dump(call.arguments).decode()}
+        delta = {"type": "input_json_delta", "partial_json": call.text}
         started = self._start({**self._tool_use(call), "input": {}})
         return started + self._frame("content_block_delta", index=self._index, delta=delta) + self._stop()
 
@@ -2950,7 +2961,7 @@ class ResponsesEncoder(Encoder):
         custom = label.pop("custom", False)
         key, kind = ("input", "custom_tool_call") if custom else ("arguments", "function_call")
         given = call.arguments.get("input") if custom else None
-        text = given if isinstance(given, str) else dump(call.arguments).decode()       # no patch is lost
+        text = given if isinstance(given, str) else call.text       # no patch is lost
         item = {"type": kind, "id": ("ctc_" if custom else "fc_") + call_id(), **label,
                 "call_id": call.id or "call_" + call_id(), "status": "in_progress", key: ""}
         place = {"item_id": item["id"], "output_index": len(self._output)}
@@ -3261,7 +3272,11 @@ class Translation:
             if isinstance(event, Failure):
                 self._failure, self._ended = event.error, True
                 break
-            lines.append(self.encoder.encode(event))
+            try:
+                lines.append(self.encoder.encode(event))
+            except UpstreamError as error:      # what the client's dialect cannot write
+                self._failure, self._ended = error, True
+                break
             if isinstance(event, Finish):
                 self._ended = True
                 lines.append(self.encoder.tail)

@@ -6912,7 +6912,28 @@ def some_splits(data):
     return [next(found), next(found), *list(found)[-5:]]
 
 
-@cases("name, how, data, lines", STREAMS, ids=[row[0] for row in STREAMS])
+FOR_AGENTS = [row for row in STREAMS if "unreadable arguments" not in row[0]]
+
+
+def test_agents_get_arguments_that_are_no_json_as_the_model_wrote_them(start, target):
+    calls = [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{oops"}}]
+    target.answers["/v1/chat/completions"] = http_stream(
+        b"data: " + json.dumps({"choices": [{"delta": {"tool_calls": calls}, "finish_reason": "tool_calls"}]}).encode() + b"\n\ndata: [DONE]\n\n")
+    proxy = start("--target-api", "openai", "--translate", "always")
+    asked = {"model": "m", "max_tokens": 9, "messages": [HI], "tools": [{"name": "f", "input_schema": {"type": "object"}}]}
+    whole = json.loads(proxy.post("/v1/messages", asked).data)
+    assert whole["content"][0]["input"] == {"arguments": "{oops"} and whole["stop_reason"] == "tool_use"
+    answer = proxy.post("/v1/messages", {**asked, "stream": True})
+    assert answer.status == 200 and {"type": "input_json_delta", "partial_json": "{oops"} in [
+        value.get("delta") for _, value in events_of(answer.data)]
+    asked = {"model": "m", "input": "hi", "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}]}
+    assert json.loads(proxy.post("/v1/responses", asked).data)["output"][0]["arguments"] == "{oops"
+    answer = proxy.post("/v1/responses", {**asked, "stream": True})
+    assert events_of(answer.data)[-1][1]["response"]["output"][0]["arguments"] == "{oops"
+    assert proxy.post("/api/chat", {**CHAT, "tools": [a_tool("f")], "stream": False}).status == 502
+
+
+@cases("name, how, data, lines", FOR_AGENTS, ids=[row[0] for row in FOR_AGENTS])
 def test_every_printed_stream_is_told_to_agents(name, how, data, lines):
     for path in AGENT_FACES:
         call, wanted = chat_call(how), wanted_of(path, lines)
