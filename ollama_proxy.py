@@ -144,6 +144,7 @@ CATALOGUE_FRESH = 15.0           # seconds a model list is believed without aski
 FAILURE_MEMORY = 3.0             # seconds a target that gave no list is not asked again
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
 PROBE_TIMEOUT = 3.0              # seconds for what is nice to know; Home Assistant gives up on tags after 5
+SIGN_OF_LIFE = 30.0              # seconds an agent waits at most for something to read: it gives up after 300
 ROUTE_MEMORY = 600.0             # seconds a target that lacks a route is not asked for it again
 CALL_EXTRAS = 2048               # tool calls whose provider extras are remembered
 DEFAULT_CONTEXT = 131072
@@ -955,6 +956,7 @@ class Encoder:
 
     media_type = EVENT_STREAM
     tail = b""
+    alive: Any = None                   # makes a frame that says nothing, for clients that give up on silence
 
     def __init__(self, call: ChatCall, clock: Any, started: int, sent: int,
                  reasoning: tuple = ("reasoning_content", "reasoning")) -> None:
@@ -2700,6 +2702,10 @@ class AnthropicEncoder(Encoder):
         delta = {"type": f"{kind}_delta", kind: event.text}
         return opened + self._frame("content_block_delta", index=self._index, delta=delta)
 
+    def alive(self) -> bytes:
+        """An empty delta: Claude Code heeds no ping."""
+        return self.encode(TextDelta("") if self._kind == "text" else ThinkingDelta(""))
+
     def error(self, error: ProxyError) -> bytes:
         """The error event; no message_stop follows it."""
         return self._frame("error", **render_anthropic_error(error))
@@ -2897,6 +2903,10 @@ class ResponsesEncoder(Encoder):
         frames = self._begin() + (b"" if self._item.get("type") == kind else self._close() + self._open(kind))
         self._text.append(event.text)
         return frames + self._frame(f"{_PARTS[kind][0]}.delta", **self._place(kind), delta=event.text)
+
+    def alive(self) -> bytes:
+        """The state of the response, once more."""
+        return self._begin() or self._frame("in_progress", response=self._response("in_progress", None))
 
     def error(self, error: ProxyError) -> bytes:
         """The failed response; nothing follows it."""
@@ -3227,16 +3237,19 @@ class Translation:
 
     def lines(self, pieces: Iterable) -> Iterator[list]:
         """One list of lines for each piece that says something: a line that is ready never waits for the next piece.
+        Agents get a frame without meaning when long nothing was said, while a call grows for one.
 
         Raises what broke before the first line, which can still be an HTTP status; later the client gets its
         dialect's in-band error, and Told is raised.
         """
-        started = False
+        started, spoke = False, time.monotonic()
         try:
             for data in itertools.chain(pieces, [None]):
                 lines = self.shortcut.feed(data) if self.shortcut and data is not None else self.read(data)[0]
+                if not lines and self.encoder.alive and time.monotonic() - spoke >= SIGN_OF_LIFE:
+                    lines = [self.encoder.alive()]
                 if lines:
-                    started = True
+                    started, spoke = True, self.encoder.alive and time.monotonic()
                     yield lines
                 if self._ended:
                     break
@@ -3292,6 +3305,28 @@ class Translation:
             self._steps = []
         self._observe(events)
         return events
+
+
+def with_pauses(pieces: Iterator) -> Iterator[bytes]:
+    """`pieces`, and b"" for every SIGN_OF_LIFE seconds before the first of them, which another thread waits for: the
+    target says nothing while it reads a long prompt."""
+    found: list = []
+
+    def wait() -> None:
+        try:
+            found.append(next(pieces, b""))
+        except BaseException as error:  # noqa: BLE001  it is raised where somebody waits for it
+            found.append(error)
+
+    waiting = threading.Thread(target=wait, name=threading.current_thread().name, daemon=True)
+    waiting.start()
+    while not found:
+        waiting.join(SIGN_OF_LIFE)
+        if not found:
+            yield b""
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    yield from itertools.chain(found, pieces)
 
 
 def primed(lines: Iterator) -> Iterable:
@@ -4088,9 +4123,12 @@ class Scope:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """The request is over; after an exception nobody waits for the rest of an answer."""
+        """The request is over; after an exception nobody waits for the rest of an answer, or for its beginning."""
         if kind is not None:
-            self._over.set()
+            with self.context.watcher.lock:
+                self._over.set()
+                if self._sock is not None:
+                    shut(self._sock)
         if self.client is not None:
             self.context.watcher.remove(self)
         self.release()
@@ -5706,14 +5744,21 @@ def converse(request: Request, scope: Scope) -> Response:
         habits = habits._replace(infill=info.owner == "llamacpp")
         return target.render_chat(wired, habits, info.context_now or info.context)
 
-    try:
-        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None, bool(wired.tools)), render)
-    except UpstreamRefused as error:
-        no_chats = error.status == 404 and call.prompt is None and "model" not in error.message.lower()
-        if call.face != "generate" or not no_chats:
-            raise
-        wired = as_continuation(wired)
-        reply = send(scope, request, target is OLLAMA, (info.id, wired.prompt is None, bool(wired.tools)), render)
+    def ask() -> Reply:
+        nonlocal wired
+        while True:
+            where = (info.id, wired.prompt is None, bool(wired.tools))
+            try:
+                return send(scope, request, target is OLLAMA, where, render)
+            except UpstreamRefused as error:
+                no_chats = error.status == 404 and wired.prompt is None and "model" not in error.message.lower()
+                if call.face != "generate" or not no_chats or as_continuation(wired) is wired:
+                    raise
+                wired = as_continuation(wired)
+
+    def pieces() -> Iterator[bytes]:
+        yield from ask().pieces()
+
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)
     known = settings_for(config, info.id)[1]
@@ -5723,8 +5768,9 @@ def converse(request: Request, scope: Scope) -> Response:
     translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact,
                               context.log.tap)
     if call.stream:
-        return Response(200, media_type=encoder.media_type, lines=primed(translation.lines(reply.pieces())))
-    data = reply.read()
+        lines = translation.lines(with_pauses(pieces()) if encoder.alive else pieces())
+        return Response(200, media_type=encoder.media_type, lines=primed(lines))
+    data = ask().read()
     context.log.data("Target response", data, request.started)
     response = Response(200, translation.whole(data))
     context.log.data("Ollama response" if client is OLLAMA else "Response", response.lines[0][0], request.started)

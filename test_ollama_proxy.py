@@ -4922,17 +4922,101 @@ def silent_whole(talk):
     silent(talk)
 
 
+AGENT_BODIES = {"/v1/messages": {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "stream": True},
+                "/v1/responses": {"model": "m", "input": "hi", "stream": True}}
+STILL_THERE = {"/v1/messages": b'{"type":"thinking_delta","thinking":""}', "/v1/responses": b"event: response.in_progress"}
+
+
+def after_a_while(*told):
+    """Says nothing until the test wants it to."""
+    def script(talk):
+        talk.target.go.wait(PATIENCE)
+        for piece in told:
+            talk.send(piece)
+    return script
+
+
+def told_after_a_while(start, target, path, script):
+    """The whole answer of a target that waits until its client was told that something still happens."""
+    target.answers["/v1/chat/completions"] = script
+    sock = start("--target-api", "openai", "--translate", "always").dial()
+    sock.sendall(http_request("POST", path, AGENT_BODIES[path], "Connection: close"))
+    told = read_until(sock, STILL_THERE[path])
+    target.go.set()
+    head, _, body = (told + read_all(sock)).partition(b"\r\n\r\n")
+    decoder = proxy_module.ChunkedDecoder()
+    body = decoder.feed(body)
+    assert head.startswith(b"HTTP/1.1 200") and decoder.done
+    names, last = [name for name, _ in events_of(body)], events_of(body)[-1][1]
+    return [name for name, before in zip(names, [""] + names) if name != before], last, body
+
+
+@cases("path", AGENT_BODIES)
+def test_agents_that_wait_long_for_an_answer_get_signs_of_life(start, target, path, monkeypatch):
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    names, last, body = told_after_a_while(start, target, path, after_a_while(stream_head(), chunk(sse(delta("Hel"), delta("lo"), STOP)), b"0\r\n\r\n"))
+    assert b"Hel" in body and names == {
+        "/v1/messages": ["message_start", "content_block_start", "content_block_delta", "content_block_stop", "content_block_start",
+                         "content_block_delta", "content_block_stop", "message_delta", "message_stop"],
+        "/v1/responses": ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+                          "response.output_text.delta", "response.output_text.done", "response.content_part.done",
+                          "response.output_item.done", "response.completed"]}[path]
+
+
+def test_an_agent_hears_of_a_call_that_grows_for_long(start, target, monkeypatch):
+    def fragment(text, **named):
+        return chunk(sse({"tool_calls": [{"index": 0, "function": {"arguments": text, **named}}]}, done=False))
+
+    def script(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)) + fragment('{"q": "', name="f"))
+        while not talk.target.go.wait(0.02):
+            talk.send(fragment("x"))
+        talk.send(fragment('"}') + chunk(sse(STOP)) + b"0\r\n\r\n")
+
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    target.answers["/v1/chat/completions"] = script
+    sock = start("--target-api", "openai", "--translate", "always").dial()
+    sock.sendall(http_request("POST", "/v1/messages", AGENT_BODIES["/v1/messages"], "Connection: close"))
+    read_until(sock, b'{"type":"text_delta","text":""}')
+    target.go.set()
+    assert b"event: message_stop" in read_all(sock)
+
+
+@cases("path", AGENT_BODIES)
+def test_what_breaks_after_a_sign_of_life_is_told_in_the_stream(start, target, path, monkeypatch):
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    refused = b'{"error": {"message": "out of memory"}}'
+    names, last, _ = told_after_a_while(start, target, path, after_a_while(
+        b"HTTP/1.1 500 Oh\r\nContent-Length: %d\r\n\r\n" % len(refused) + refused))
+    assert names[-1] == ("error" if path == "/v1/messages" else "response.failed") and "out of memory" in json.dumps(last)
+
+
+@cases("path", AGENT_BODIES)
+def test_an_agent_that_leaves_while_it_waits_takes_the_target_with_it(start, target, path, monkeypatch):
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    target.answers["/v1/chat/completions"] = silent
+    proxy = start("--target-api", "openai", "--translate", "always")
+    sock = proxy.dial()
+    sock.sendall(http_request("POST", path, AGENT_BODIES[path]))
+    read_until(sock, STILL_THERE[path])
+    sock.close()
+    assert target.peer_closed.wait(PATIENCE)
+    proxy.wait_logged(path)
+    assert not proxy.errors
+
+
 PHASES = [("before the headers", silent, "/api/chat", True), ("after the headers", silent_after_head, "/api/chat", True),
           ("in mid-stream", silent_mid_stream, "/api/chat", True), ("while a whole answer is read", silent_whole, "/api/chat", False),
-          ("in a relayed stream", silent_mid_stream, "/v1/chat/completions", True), ("in a relay before the headers", silent, "/v1/chat/completions", False)]
+          ("in a relayed stream", silent_mid_stream, "/v1/chat/completions", True),
+          ("before an agent was told anything", silent, "/v1/messages", True), ("in an agent's stream", silent_mid_stream, "/v1/messages", True), ("in a relay before the headers", silent, "/v1/chat/completions", False)]
 
 
 @cases("name, script, path, stream", PHASES, ids=[row[0] for row in PHASES])
 def test_a_client_that_leaves_takes_the_target_with_it(start, target, name, script, path, stream):
     target.answers["/v1/chat/completions"] = script
-    proxy = start("--target-api", "openai")
+    proxy = start("--target-api", "openai", "--translate", "always")
     sock = proxy.dial()
-    sock.sendall(http_request("POST", path, {**CHAT, "stream": stream}))
+    sock.sendall(http_request("POST", path, {**CHAT, "max_tokens": 9, "stream": stream}))
     assert target.go.wait(PATIENCE)
     if script is silent_mid_stream:
         read_until(sock, b"Hel")
