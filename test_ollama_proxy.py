@@ -8781,6 +8781,146 @@ def test_debug_lines_have_a_time_and_the_number_of_the_request(start, target):
     assert all(number in one for one in proxy.logged if "Request: {" in one or "Ollama response" in one)
 
 
+def hang_up(talk):
+    """Ends the connection with a reset."""
+    talk.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    talk.sock.close()
+
+
+def packed_as(coding, data):
+    return http_answer(data, 200, "application/json", f"Content-Encoding: {coding}")
+
+
+OK_HEAD, IN_THE_MIDDLE = b"HTTP/1.1 200 OK\r\n", "closed the connection in the middle of its answer"
+WRONG_ANSWERS = [   # what a target sends, what is told of it; {} is the target
+    (cut(stream_head(), b"zz\r\n"),
+     "upstream sent a malformed chunked coding: chunk longer than its size, malformed size or trailer"),
+    (cut(OK_HEAD + b"Content-Length: 5000\r\n\r\n{"), f"upstream {IN_THE_MIDDLE}"), (cut(b"H"), "{} " + IN_THE_MIDDLE),
+    (cut(b""), "{} closed the connection without an answer"),
+    (hang_up, "{} closed the connection without an answer (upstream broke the connection: connection reset by peer)"),
+    (cut(b"SSH-2.0-x\r\n\r\n"), "upstream does not speak HTTP/1.x: SSH-2.0-x"),
+    (cut(OK_HEAD + b"X: " + b"a" * 70000 + b"\r\n\r\n"), "{} sent headers of more than 65536 bytes"),
+    (cut(OK_HEAD + b"no colon\r\n\r\n"), "upstream sent a malformed header: no colon"),
+    (cut(OK_HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n"), "upstream sent two different content lengths"),
+    (cut(OK_HEAD + b"Content-Length: +2\r\n\r\n"), "upstream sent a bad Content-Length: +2"),
+    (packed_as("br", b"xx"), "upstream sent a body that is compressed as br, which is not understood here"),
+    (packed_as("gzip", gzip.compress(b"{}")[:-9]), "upstream sent a body that ends in the middle of its compression"),
+    (packed_as("gzip", b"{}"), "upstream sent a body that is broken inside its compression"),
+    (http_answer({"x": 1}), "upstream sent an answer without choices"),
+    (http_answer(b"5"), "upstream sent number where an answer was expected"),
+    (http_answer({"error": {"code": 5}}), "upstream reported an error without a text"),
+    (http_stream(b"data: x\n" * 1001), "upstream sent an event of more than 1000 lines"),
+    (http_answer(b"", 500), "upstream returned HTTP 500")]
+
+
+@cases("answer, text", WRONG_ANSWERS, ids=[row[1] for row in WRONG_ANSWERS])
+def test_what_is_wrong_with_an_answer_is_told_to_the_client_and_in_the_log(start, target, answer, text):
+    target.answers["/v1/chat/completions"] = answer
+    proxy = start("--target-api", "openai")
+    text = text.format(f"{target.url}/v1")
+    assert json.loads(proxy.post("/api/chat", {**CHAT, "stream": False}).data) == {"error": text}
+    assert proxy.wait_logged("ACCESS: ").endswith(f' "{text}"')
+
+
+@cases("limit, stream, text", [("MAX_LINE_BYTES", True, "upstream sent a line of more than 100 bytes"),
+                               ("MAX_ANSWER_BYTES", False, "upstream sent an answer of more than 100 bytes")])
+def test_an_answer_beyond_a_limit_is_told_with_the_limit(start, target, monkeypatch, limit, stream, text):
+    monkeypatch.setattr(proxy_module, limit, 100)
+    monkeypatch.setattr(proxy_module.Reply.read, "__defaults__", (100, False))
+    target.answers["/v1/chat/completions"] = http_stream(b"data: " + b"a" * 200) if stream else http_answer(b"a" * 200)
+    proxy = start("--target-api", "openai")
+    assert json.loads(proxy.post("/api/chat", {**CHAT, "stream": stream}).data) == {"error": text}
+
+
+def test_a_stream_that_breaks_is_told_in_the_log_as_well(start, target):
+    def reset(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        hang_up(talk)
+
+    target.answers["/v1/chat/completions"] = reset
+    proxy, text = start("--target-api", "openai"), "upstream broke the connection: connection reset by peer"
+    with proxy.dial() as sock:
+        sock.sendall(http_request("POST", "/api/chat", CHAT, "Connection: close"))
+        read_until(sock, b"Hel")
+        target.go.set()
+        assert json.dumps({"error": text}, separators=(",", ":")).encode() in read_all(sock)
+    proxy.wait_logged("ACCESS: ")
+    assert proxy.errors == [f"stream of POST /api/chat broke: {text}"]
+
+
+@cases("path, body, answer, text", [
+    ("/v1/messages", {"max_tokens": 5, "stream": False}, {"x": 1}, "upstream sent an answer without a message"),
+    ("/v1/chat/completions", {"stream": True}, b"hello\n", "upstream sent a line that is not JSON: hello")])
+def test_what_is_wrong_with_an_ollamas_answer_is_told(start, ollama_target, path, body, answer, text):
+    ollama_target.answers["/api/chat"] = http_answer(answer)
+    answer = start("--target-api", "ollama", "--translate", "always").post(path, {**CHAT, **body})
+    assert answer.status == 502 and json.loads(answer.data)["error"]["message"] == text
+
+
+@cases("answer, text", [(b"hello", "upstream sent embeddings that are not JSON: hello"),
+                        (b'{"data": [{"embedding": ["x"]}]}', "upstream sent an embedding that is not a list of numbers")])
+def test_what_is_wrong_with_embeddings_is_told(proxy, target, answer, text):
+    target.answers["/v1/embeddings"] = http_answer(answer)
+    answer = proxy.post("/api/embed", {"model": "text-embed", "input": "a"})
+    assert answer.status == 502 and json.loads(answer.data) == {"error": text}
+
+
+@cases("path, body, text", [
+    ("chat/completions", {**CHAT, "n": 2}, "n greater than 1 is not supported: Ollama gives one choice per request"),
+    ("chat/completions", {**CHAT, "messages": []}, "[] is too short - 'messages'"),
+    ("chat/completions", {**CHAT, "model": ""}, "model is required"),
+    ("completions", {"model": "m", "prompt": ["a", "b"]},
+     "prompt must be one string: Ollama takes neither lists nor token ids"),
+    ("embeddings", {"model": "m", "input": []}, "invalid input: a string or a list of strings is expected"),
+    ("embeddings", {"input": "x"}, "model is required"),
+    ("embeddings", {"model": "m", "input": "x", "encoding_format": "x"},
+     "invalid encoding_format: float or base64 is expected")])
+def test_what_an_ollama_cannot_be_asked_is_told(start, ollama_target, path, body, text):
+    answer = start("--target-api", "ollama").post(f"/v1/{path}", body)
+    assert answer.status == 400 and json.loads(answer.data)["error"]["message"] == text
+
+
+A_FORM = "multipart/form-data; boundary=XyZ"
+
+
+@cases("body, media_type, status, text", [
+    (a_form(FILE), A_FORM, 404, "a form must name its model once"),
+    (a_form(("model", b"m"), ("model", b"m")), A_FORM, 400, "a form must name its model once"),
+    (b"hello", "text/plain", 415, "the body is not one JSON object: it cannot be looked into for the filter"),
+    (b'{"model": ["m"]}', "application/json", 400, "model must be a string")])
+def test_what_a_filter_cannot_look_into_is_told(start, body, media_type, status, text):
+    Path("models-filter.txt").write_text("m\n")
+    answer = start("--target-api", "openai").post("/v1/x", body, {"Content-Type": media_type})
+    assert answer.status == status and json.loads(answer.data)["error"]["message"] == text
+
+
+def test_a_list_that_an_ollama_does_not_give_is_told(start, ollama_target):
+    Path("models-filter.txt").write_text("llama3\n")
+    ollama_target.answers["/api/tags"] = http_answer({"error": "no"}, 500)
+    answer = start("--target-api", "ollama").call("GET", "/api/tags")
+    assert answer.status == 502 and json.loads(answer.data) == {
+        "error": f"{ollama_target.url}/v1 gave no model list (HTTP 500)"}
+
+
+def test_a_bug_in_reading_a_list_is_told(start, monkeypatch, capfd):
+    monkeypatch.setattr(proxy_module, "read_models", lambda payload: 1 / 0)
+    answer = start("--target-api", "openai").call("GET", "/api/tags")
+    assert answer.status == 502 and json.loads(answer.data) == {"error": "the model list could not be read"}
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_target_that_takes_no_connection_and_one_that_takes_no_request(start):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"127.0.0.1:{deaf.getsockname()[1]}/v1"
+        argv = ("--timeout", "0.1", "--connect-timeout", "0.1", "--target-api", "openai")
+        for scheme, text in (("https", "cannot reach https://{}: timed out"),
+                             ("http", "http://{} did not take the request for 0.1 s")):
+            answer = start("--target", f"{scheme}://{url}", *argv).post(
+                "/v1/files", b"x" * 20_000_000, {"Content-Type": "application/octet-stream"})
+            assert answer.status == 504 and json.loads(answer.data)["error"]["message"] == text.format(url)
+
+
 # ----------------------------------------------------------------------------
 # --bench: processor time of the proxy per unit of work, with nothing but Python
 # ----------------------------------------------------------------------------
