@@ -4336,6 +4336,13 @@ def test_debug_shows_the_whole_way_without_keys(start, target):
     assert proxy.logged[-2].endswith(" [PROXY] Target response: 400 too cold")
 
 
+def test_debug_shows_the_answer_to_an_openai_client(start, ollama_target):
+    ollama_target.answers["/api/chat"] = http_answer(NATIVE_WHOLE)
+    proxy = start("--debug", "--target-api", "ollama")
+    data = proxy.post("/v1/chat/completions", ASK).data.decode()
+    assert re.search(r" \[PROXY\] Response: (.*) \(took \d+ms\)$", proxy.wait_logged("Response: "))[1] == data
+
+
 def test_debug_hides_every_key_wherever_it_is_said(start, target):
     keys = ("sk-secret-key", "header-secret", "door-secret")
     target.answers["/v1/chat/completions"] = http_answer({**WHOLE, "echo": keys})
@@ -5931,6 +5938,9 @@ def test_problems_at_start_are_one_clear_line():
         assert done.returncode == 1 and done.stderr == (
             f"ollama_proxy: cannot listen on {address}: {why[0].lower()}{why[1:]} (is an Ollama or another proxy running "
             "there?): choose another with --listen\n")
+    done, why = run_program("--listen", "192.0.2.1:0"), os.strerror(errno.EADDRNOTAVAIL)
+    assert done.returncode == 1 and done.stderr == (
+        f"ollama_proxy: cannot listen on 192.0.2.1:0: {why[0].lower()}{why[1:]}\n")
     for argv, text in ((["--target", "openrouter"], "openrouter.ai needs a key: set OPENROUTER_API_KEY or give --api-key"),
                        (["--target", "http://a b"], f"bad target URL 'http://a b': {A_URL}"),
                        (["--target", "http://127.0.0.1:5", "--listen", "127.0.0.1:5"],
@@ -5968,6 +5978,7 @@ Codex                  ready
         "max_tokens": "Unsupported parameter: 'max_tokens'", "stream_options": "unknown field stream_options"})
     done = run_program("--check", "--target", target.url)
     assert done.returncode == 0 and "FAILED" not in done.stdout
+    assert "tools       no: the model answered in text instead of calling\n" in done.stdout
     target.close()
     done = run_program("--check", "--target", f"http://127.0.0.1:{target.port}", "--api-key", "k")
     assert done.returncode == 1 and done.stdout == (
