@@ -9054,5 +9054,19 @@ def bench():
     return 0
 
 
+def test_bench_prints_one_row_for_each_kind_of_work(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "bench_cost", lambda *asked: (0.016, 1))
+    assert bench() == 0
+    assert capsys.readouterr().out == """\
+                                 \u00b5s of processor      per    pipe   ratio
+saturated stream, translated                0.80    token    0.80     1.0
+saturated stream, relayed                   0.80    token    0.80     1.0
+paced streams, 32 at once                   5.00    token    5.00     1.0
+non-stream chat                           160.00  request  160.00     1.0
+tags from memory                           53.33  request   53.33     1.0
+embeddings, 16 of 768                    1600.00  request 1600.00     1.0
+"""
+
+
 if __name__ == "__main__":
     sys.exit(bench() if "--bench" in sys.argv else pytest.main(["-q", __file__]))
