@@ -8928,7 +8928,7 @@ def test_a_target_that_takes_no_connection_and_one_that_takes_no_request(start):
         for scheme, text in (("https", "cannot reach https://{}: timed out"),
                              ("http", "http://{} did not take the request for 0.1 s")):
             answer = start("--target", f"{scheme}://{url}", *argv).post(
-                "/v1/files", b"x" * 20_000_000, {"Content-Type": "application/octet-stream"})
+                "/v1/files", b"x" * 12_000_000, {"Content-Type": "application/octet-stream"})
             assert answer.status == 504 and json.loads(answer.data)["error"]["message"] == text.format(url)
 
 
