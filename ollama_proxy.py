@@ -560,7 +560,7 @@ def load_request(data: bytes) -> dict:
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip()):
             raise BadRequest("unexpected EOF") from None
-        raise BadRequest(f"invalid JSON: {error}") from None
+        raise BadRequest(f"invalid JSON: {str(error).partition('; use sys.')[0]}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"json: cannot unmarshal {json_kind(value)} into a request object")
     return value
@@ -1378,22 +1378,22 @@ _KEPT_KEYWORDS = ("type", "anyOf", "items", "description", "enum", "properties",
 
 
 def plain_schema(schema: Any, root: Optional[dict] = None, strictly: bool = False, depth: int = 0,
-                 budget: Optional[list] = None) -> dict:
+                 budget: Optional[list] = None, level: int = 0) -> dict:
     """A tool's schema in what Ollama keeps of JSON Schema (ollama-api 2.4): references put in place, oneOf as anyOf,
     const as enum, booleans as objects.  `strictly` leaves out what it would drop.
 
-    Raises BadRequest for one that grows beyond 10,000 places by that.
+    Raises BadRequest for one that grows beyond 10,000 places or MAX_JSON_DEPTH levels by that.
     """
     budget = [10000] if budget is None else budget
     budget[0] -= 1
-    if budget[0] < 0:
+    if budget[0] < 0 or level > MAX_JSON_DEPTH:
         raise BadRequest("a tool's schema refers to itself too often")
     if not isinstance(schema, dict):
         return {}                       # true: anything
     root = schema if root is None else root
 
     def inner(value: Any) -> dict:
-        return plain_schema(value, root, strictly, depth, budget)
+        return plain_schema(value, root, strictly, depth, budget, level + 1)
 
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/") and depth < 8:
@@ -1402,7 +1402,7 @@ def plain_schema(schema: Any, root: Optional[dict] = None, strictly: bool = Fals
             found = as_dict(found).get(part.replace("~1", "/").replace("~0", "~"))
         if isinstance(found, dict):
             rest = {key: value for key, value in schema.items() if key != "$ref"}
-            return plain_schema({**found, **rest}, root, strictly, depth + 1, budget)
+            return plain_schema({**found, **rest}, root, strictly, depth + 1, budget, level + 1)
     plain: dict = {}
     for key, value in schema.items():
         if key == "properties":
@@ -2259,7 +2259,7 @@ class OpenAIDecoder:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = value[0]            # Gemini wraps errors in an array
         if not isinstance(value, dict):
-            raise BadUpstreamPayload(f"upstream sent {json_kind(value)} where an answer was expected")
+            raise BadUpstreamPayload(f"upstream sent a JSON {json_kind(value)} where an answer was expected")
         if value.get("error") or event == "error" or (value.get("object") == "error" and "message" in value) \
                 or ("detail" in value and "choices" not in value):
             raise stream_error(value)
@@ -3500,6 +3500,7 @@ class Target(NamedTuple):
     key_header: str = "authorization"
     preset: Preset = Preset()
     name: str = ""                  # the preset's name, "" for a plain URL
+    api: str = ""                   # "openai" or "ollama", when that is known
 
     @property
     def place(self) -> tuple:
@@ -3509,12 +3510,7 @@ class Target(NamedTuple):
     @property
     def url(self) -> str:
         """As a user would write it, for banners and errors; never with a key."""
-        return f"{self.scheme}://{self.authority}{self.base}"
-
-    @property
-    def root_url(self) -> str:
-        """The same of an Ollama."""
-        return f"{self.scheme}://{self.authority}{self.root}"
+        return f"{self.scheme}://{self.authority}{self.root if self.api == 'ollama' else self.base}"
 
     @property
     def authority(self) -> str:
@@ -3604,7 +3600,7 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable:
         except ValueError:
             raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
         if not least <= value <= most:
-            raise ValueError(f"must be between {least:g} and {most:g}")
+            raise ValueError(f"must be between {least:.12g} and {most:.12g}")
         return value
     return parse
 
@@ -3634,6 +3630,8 @@ def parse_listen(text: str) -> tuple[str, int]:
         host, port = (value, "") if not value.isdigit() else ("127.0.0.1", value)
     elif ":" in host and not host.startswith("["):
         host, port = value, ""          # a bare IPv6 address
+    if "[" in host and not host.endswith("]"):
+        raise ValueError("[HOST]:PORT is expected")
     if port and (not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535):
         raise ValueError("the port must be a number up to 65535")
     return host.strip("[]"), int(port) if port else OLLAMA_PORT
@@ -3828,7 +3826,10 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
         values["fallback"] = values["fallback"] and (
             DEFAULT_FALLBACK if values["fallback"].lower() in ("1", "true", "on", "yes") else values["fallback"])
         if values["fallback"]:
-            parse_target(values["fallback"], "ollama")
+            try:
+                parse_target(values["fallback"], "ollama")
+            except UsageError as error:
+                raise UsageError(f"--fallback: {error}") from None
         if values["tag"].lower() == "none":
             values["tag"] = ""
         if values["tls_key"] and not values["tls_cert"]:
@@ -3838,6 +3839,7 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
         if values["demo"] and sources["target"] == "flag":
             notes.append(f"--target {values['target']} is not used: --demo has a target of its own")
         files = (env_file or ".env", values["models_filter"] or "models-filter.txt")
+        target = target._replace(api=values["target_api"])
         return cls(**values, destination=target, address=_pick_address(values, sources, target), sources=sources,
                    files=tuple(filter(os.path.isfile, files)), notes=tuple(notes))
 
@@ -3871,7 +3873,8 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
             f"; {row.key_env} is read for --target {name} alone" for name, row in PRESETS.items()
             if environ.get(row.key_env) and row is not target.preset)
     if key and (not key.isascii() or not key.isprintable() or " " in key):
-        raise UsageError(f"--api-key must be printable ASCII without spaces ({sources['api_key']})")
+        source = sources["api_key"].replace("flag", "--api-key")
+        raise UsageError(f"{source}: a key is printable ASCII without spaces")
     if target.preset.hosts and not key and not values["forward_auth"] and not values["demo"]:
         raise UsageError(f"{target.host} needs a key: set {target.preset.key_env} or give --api-key")
     return target._replace(key=key)
@@ -3936,7 +3939,7 @@ def read_lines(path: Optional[str], present: str, label: str) -> list[str]:
             return file.read().splitlines()
     except OSError as error:
         if path:
-            raise UsageError(f"{label} {path}: {error.strerror}") from None
+            raise UsageError(f"{label} {path}: {str(error.strerror).lower()}") from None
     except ValueError:
         raise UsageError(f"{label} {path or present}: not a UTF-8 text") from None
     return []
@@ -4288,7 +4291,7 @@ class TargetWire(Wire):
                     return parsed       # 100 and 103 announce the answer; they are not the answer
                 deadline = deadline or time.monotonic() + self.patience
         except StreamTruncated as error:
-            send_error = send_error or OSError(error.message)
+            send_error = send_error or OSError(error.message.rpartition(": ")[2])
         if self.buffer:
             raise BadUpstreamPayload(f"{self._url} closed the connection in the middle of its answer")
         why = f" ({reason_of(send_error)})" if send_error else ""
@@ -5561,6 +5564,7 @@ class Context:
             if not self._api and time.monotonic() > self._ask_again:
                 try:
                     self._api = "ollama" if self._is_ollama() else "openai"
+                    self.target = self.target._replace(api=self._api)
                 except UpstreamError as error:          # down, or hung: an Ollama answers this at once
                     self.catalogue.silence, hung = error, isinstance(error, UpstreamTimeout)
                     self._ask_again = time.monotonic() + (10 * FAILURE_MEMORY if hung else FAILURE_MEMORY)
@@ -6923,7 +6927,7 @@ def client_url(server: ProxyServer) -> str:
 def banner(server: ProxyServer) -> None:
     """Who listens where, what the target is and serves, and the line to paste into a client."""
     context = server.context
-    config, url, address = context.config, client_url(server), context.target.url
+    config, url = context.config, client_url(server)
     everywhere = f"{bracketed(server.server_name or '0.0.0.0')}:{server.server_port}"
     if not server.loopback and not config.client_key:
         context.log.say(f"warning: everybody who reaches {everywhere} can use the target and its key; "
@@ -6935,7 +6939,6 @@ def banner(server: ProxyServer) -> None:
     try:
         names = [info.shown for info in context.catalogue.models(False)]
         speaks = {"ollama": "an Ollama", "openai": "OpenAI API"}[context.api()]
-        address = context.target.root_url if context.api() == "ollama" else address
         found = plural(len(names), "model") + (": " + ", ".join(names[:4]) if names else "")
         found += ", ..." if len(names) > 4 else ""
     except UpstreamError as error:
@@ -6944,7 +6947,8 @@ def banner(server: ProxyServer) -> None:
         found += f" ({context.catalogue.hidden} hidden by the filter)"
     where = url if server.loopback else f"{url.partition('://')[0]}://{everywhere}"
     lines = [f"ollama_proxy {__version__}", f"  listening on  {where}",
-             f"  target        {'demo target inside this process' if config.demo else address} ({speaks}), {found}",
+             f"  target        {'demo target inside this process' if config.demo else context.target.url} "
+             f"({speaks}), {found}",
              f"  for clients   OLLAMA_HOST={url}   or, for OpenAI clients, base URL {url}/v1"]
     if config.files:
         lines.append(f"  read          {', '.join(config.files)}")
@@ -7001,7 +7005,8 @@ def check(config: Config) -> int:
         return data
 
     try:
-        models = load(ask("GET", "/api/tags"))["models"]
+        listed = as_list(as_dict(load_or_none(ask("GET", "/api/tags"))).get("models"))
+        models = [entry for entry in listed if isinstance(as_dict(entry).get("name"), str)]
         names = [entry["name"] for entry in models]
         print(f"speaks      {'Ollama' if server.context.api() == 'ollama' else 'OpenAI'} API")
         print(f"models      {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
@@ -7043,8 +7048,10 @@ def check(config: Config) -> int:
 def finding(name: str, data: bytes) -> str:
     """What an answer shows, in a few words.  Raises UpstreamError when it is not what was asked for."""
     if name == "embeddings":
-        answer = load(data)
-        return f"{plural(len(answer['embeddings'][0]), 'number')} from {answer['model']}"
+        answer = as_dict(load_or_none(data))
+        if not as_list(answer.get("embeddings")):
+            raise UpstreamError("no embedding came")
+        return f"{plural(len(as_list(answer['embeddings'][0])), 'number')} from {answer.get('model')}"
     text, thinking, calls, _, finish = gather(OllamaDecoder(ChatCall("")).feed(data + b"\n"))
     if name == "tools" and not calls:
         raise UpstreamError("the model answered in text instead of calling")
