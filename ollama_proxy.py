@@ -3533,8 +3533,8 @@ def parse_target(value: str, api: str = "auto") -> Target:
         text = preset.url
     else:
         near = did_you_mean(name, PRESETS) if re.fullmatch(r"[\w-]+|\w+\.cpp", name) else ""
-        if near or re.match(r"https?:/?[^/]", name):
-            what = f"no such preset{near}" if near else "write http://HOST"
+        if near or re.match(r"https?:/?[^/]|[0-9]+$", name):
+            what = f"no such preset{near}" if near else "write http://HOST:PORT"
             raise UsageError(f"bad target {one_line(value, 100)!r}: {what}")
         name = ""
     if "://" not in text:
@@ -3630,7 +3630,7 @@ def parse_listen(text: str) -> tuple[str, int]:
         host, port = (value, "") if not value.isdigit() else ("127.0.0.1", value)
     elif ":" in host and not host.startswith("["):
         host, port = value, ""          # a bare IPv6 address
-    if "[" in host and not host.endswith("]"):
+    if ("[" in host and not host.endswith("]")) or re.search(":[0-9]{5}$", host):
         raise ValueError("[HOST]:PORT is expected")
     if port and (not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535):
         raise ValueError("the port must be a number up to 65535")
@@ -3854,6 +3854,8 @@ def _value_of(row: Setting, flag: Any, environ: dict) -> tuple[Any, str]:
         texts = environ[source].strip().strip("'\"")
         if row.repeat:
             texts = [part for part in texts.split(row.repeat) if part.strip()]
+    if not texts and row.field == "client_key":     # an unset variable in a script would open the door to everybody
+        raise UsageError("--client-key: the key is empty")
     try:
         return tuple(map(row.reader, texts)) if row.repeat else row.reader(texts), source
     except (ValueError, TypeError, BadRequest) as error:
@@ -3869,7 +3871,8 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
     if not key and target.preset.key_env and (target.name or target.preset.hosts):
         key, sources["api_key"] = environ.get(target.preset.key_env, "").strip(), target.preset.key_env
     if not key:
-        sources["api_key"] = "none is set: --api-key" + "".join(
+        sent = "no client sent one that can be passed on, and " * bool(values["forward_auth"])
+        sources["api_key"] = f"{sent}none is set: --api-key" + "".join(
             f"; {row.key_env} is read for --target {name} alone" for name, row in PRESETS.items()
             if environ.get(row.key_env) and row is not target.preset)
     if key and (not key.isascii() or not key.isprintable() or " " in key):
@@ -4577,6 +4580,8 @@ def reason_of(error: Exception) -> str:
         return "no TLS is spoken there: write http:// instead of https://"
     if isinstance(error, socket.timeout):
         return "timed out"
+    if "PEM lib" in str(error):
+        return "no certificate with its private key in PEM"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return one_line(text[:1].lower() + text[1:], 200)
 
@@ -5552,7 +5557,7 @@ class Context:
         self._api = config.target_api if config.target_api != "auto" else self.target.preset.api if known else ""
         self._ask_again = -1e9          # not before: the target did not answer
         self._lock = threading.Lock()
-        self._client_key = ""           # with --forward-auth: the last one seen, for lists
+        self.client_authorization = ""  # with --forward-auth: the last that came in by the door, for lists
         self.mark = call_id()           # tells requests that went through this proxy
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
 
@@ -5597,12 +5602,10 @@ class Context:
         if not self.config.forward_auth:
             return ""
         if request is None:
-            return self._client_key
-        client, own = request.headers.get("authorization", ""), self.config.client_key
-        if not is_real_key(client) or (own and own in client):
-            return ""
-        self._client_key = client
-        return client
+            return self.client_authorization
+        own = self.config.client_key
+        offered = request.headers.get("authorization", ""), f"Bearer {request.headers.get('x-api-key', '')}"
+        return next((one for one in offered if is_real_key(one) and not (own and own in one)), "")
 
     def path(self, native: bool, path: str) -> str:
         """A path on the target, its base and the query of the configured URL added."""
@@ -5631,7 +5634,8 @@ _PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api
 def is_real_key(authorization: str) -> bool:
     """A key, and not one of the words that clients send when they have none."""
     scheme, _, key = authorization.strip().partition(" ")
-    return scheme.lower() == "bearer" and key.strip().lower() not in _PLACEHOLDERS and len(key.strip()) >= 8
+    key = key.strip().lower()
+    return scheme.lower() == "bearer" and key not in _PLACEHOLDERS and (len(key) >= 8 or key.startswith("sk-"))
 
 
 def refusal(reply: Reply) -> UpstreamRefused:
@@ -6637,7 +6641,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if context.mark in request.headers.get(MARK, ""):
                 context.log.say("a request came back to this proxy: its target leads to itself")
                 raise BadRequest("this request came back to the proxy that sent it: its target leads to itself", 508)
-            context.authorization_of(request)     # with --forward-auth lists are asked with it, too
+            context.client_authorization = context.authorization_of(request) or context.client_authorization
             if request.headers.get("upgrade", "").lower() == "websocket":
                 raise BadRequest("WebSockets are not spoken here: use HTTP", 426, [("Upgrade", "HTTP/1.1")])
             request.route = find_route(request, context)
@@ -6985,6 +6989,7 @@ CHECKS = (
 CLIENTS = {"VS Code Copilot": "stream tools", "JetBrains AI Assistant": "stream", "Open WebUI": "chat stream",
            "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools context",
            "Codex": "stream tools context"}
+TRIES = {"tools": 3}                    # small models call in one of two answers
 AGENT_CONTEXT = 32_000                  # tokens: the instructions of Claude Code alone are more than 20,000
 
 
@@ -7014,7 +7019,8 @@ def check(config: Config) -> int:
         if not chats:
             raise UpstreamError("no model for chats")
     except ProxyError as error:
-        print(paint(f"FAILED      {error.message}", False, sys.stdout))
+        taken = " (it is taken for an Ollama: --target-api, OLLAMA_BASE_URL)" * (config.target_api == "ollama")
+        print(paint(f"FAILED      {error.message}{taken}", False, sys.stdout))
         return 1
     context = as_dict(chats[0].get("details")).get("context_length") or "not told"
     print(f"model       {chats[0]['name']} (the first; --models-filter chooses): context {context}, "
@@ -7028,13 +7034,15 @@ def check(config: Config) -> int:
             images = present(images=body.pop("images", None))
             body["messages"] = [{"role": "user", "content": body.pop("content"), **images}]
             body["options"] = {"num_predict": 64}
-        try:
-            found = finding(name, ask("POST", path, body))
-            print(paint(f"{name:<11} works ({found})", True, sys.stdout))
-        except ProxyError as error:
-            failed[name] = one_line(error.message, 200)
-            verdict = "FAILED" if name in ("chat", "stream") else "no"
-            print(paint(f"{name:<11} {verdict}: {failed[name]}", False, sys.stdout))
+        for _ in range(TRIES.get(name, 1)):
+            try:
+                verdict = f"works ({finding(name, ask('POST', path, body))})"
+                failed.pop(name, None)
+                break
+            except ProxyError as error:
+                failed[name] = one_line(error.message, 200)
+                verdict = f"{'FAILED' if name in ('chat', 'stream') else 'no'}: {failed[name]}"
+        print(paint(f"{name:<11} {verdict}", name not in failed, sys.stdout))
     for client, needs in CLIENTS.items():
         missing: dict = {}              # reason -> what it is the reason for
         for need in filter(failed.get, needs.split()):
@@ -7140,6 +7148,8 @@ def main(argv: Optional[list] = None) -> int:
     except UsageError as error:
         print(paint(f"ollama_proxy: {error}", False, sys.stderr), file=sys.stderr)
         return 2
+    except BrokenPipeError:             # --check | head
+        return 1
     except OSError as error:
         host, port = config.address
         hint = " (is an Ollama or another proxy running there?): choose another with --listen" \

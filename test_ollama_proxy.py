@@ -1623,6 +1623,9 @@ ITSELF = "is the address this proxy listens on: give another --target, or anothe
     (["--listen", "x:port"], {}, "--listen x:port: the port must be a number up to 65535"),
     (["--timeout", "-1"], {}, "--timeout -1: must be between 0.1 and 1000000"),
     (["--listen", "[::1"], {}, "--listen [::1: [HOST]:PORT is expected"),
+    (["--listen", "::1:19320"], {}, "--listen ::1:19320: [HOST]:PORT is expected"),
+    (["--client-key", ""], {}, "--client-key: the key is empty"),
+    (["--target", "18080"], {}, "bad target '18080': write http://HOST:PORT"),
     (["--set", "nonsense"], {}, "--set nonsense: PATTERN:KEY=VALUE,... is expected"),
     (["--alias", "x"], {}, "--alias x: NAME=ID is expected"),
     (["--header", "no colon"], {}, "--header ***: 'Name: value' is expected"),
@@ -2363,6 +2366,18 @@ def test_forward_auth_passes_real_keys_only(start, target):
         assert target.calls("/v1/chat/completions")[-1].headers["authorization"] == wanted
     target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "bad key"}}, 401)
     assert proxy.post("/api/chat", CHAT, {"Authorization": "Bearer sk-client-key-1"}).status == 401
+
+
+def test_a_key_is_passed_on_however_it_is_sent_and_only_through_the_door(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--forward-auth", "--target-api", "openai", "--client-key", "door")
+    for headers in ({"x-api-key": "sk-1234", "Authorization": "Bearer door"}, {"x-api-key": "door", "Authorization": "Bearer sk-1234"}):
+        proxy.post("/api/chat", CHAT, headers)
+        assert target.calls("/v1/chat/completions")[-1].headers["authorization"] == "Bearer sk-1234"
+    proxy = start("--forward-auth", "--target-api", "openai", "--client-key", "door")
+    assert proxy.call("GET", "/api/tags", None, {"Authorization": "Bearer sk-stranger-1"}).status == 401
+    assert proxy.call("GET", "/api/tags", None, {"Authorization": "Bearer door"}).status == 200
+    assert not any("sk-stranger-1" in str(request.headers) for request in target.received)
 
 
 @cases("before", [(), ({},), ({"Authorization": "Bearer sk-wrong-key-9"},)],
@@ -8666,7 +8681,7 @@ def test_a_large_relayed_answer_that_breaks_is_an_error_as_long_as_nothing_was_s
     (["--target", "lm-studio"], "bad target 'lm-studio': no such preset (did you mean lmstudio?)"),
     (["llama.cpp"], "bad target 'llama.cpp': no such preset (did you mean llamacpp?)"),
     (["open-router"], "bad target 'open-router': no such preset (did you mean openrouter?)"),
-    (["http:/localhost:1234"], "bad target 'http:/localhost:1234': write http://HOST"),
+    (["http:/localhost:1234"], "bad target 'http:/localhost:1234': write http://HOST:PORT"),
     (["here", "--target", "there"], "two targets: here and --target there"),
     (["--timeout", "soon"], "--timeout soon: must be a number"),
     (["--port", "x"], "--port x: must be a whole number"),
@@ -8937,7 +8952,8 @@ def test_it_runs_as_a_module_which_python_keeps_compiled():
 def test_check_survives_an_ollama_that_is_none(target, answer, told):
     target.answers["/api/tags"] = answer
     done = run_program("--check", "--target-api", "ollama", target.url)
-    assert done.returncode == 1 and not done.stderr and f"FAILED      {told}\n" in done.stdout
+    assert done.returncode == 1 and not done.stderr and done.stdout.endswith(
+        f"FAILED      {told} (it is taken for an Ollama: --target-api, OLLAMA_BASE_URL)\n")
 
 
 def test_a_deep_schema_that_refers_to_itself_is_refused(start, ollama_target):
@@ -9046,7 +9062,8 @@ def test_check_of_an_ollama_without_a_model_for_chats(ollama_target):
     done = run_program("--check", "--target-api", "ollama", ollama_target.url)
     assert done.returncode == 1 and done.stdout == (
         f"target      {ollama_target.url} without a key\nspeaks      Ollama API\n"
-        f"models      9: {', '.join(f'e{at}:1b' for at in range(8))}, ...\nFAILED      no model for chats\n")
+        f"models      9: {', '.join(f'e{at}:1b' for at in range(8))}, ...\nFAILED      no model for chats "
+        "(it is taken for an Ollama: --target-api, OLLAMA_BASE_URL)\n")
 
 
 def test_help_is_short_grouped_and_names_the_program(capsys):
