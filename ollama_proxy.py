@@ -4864,8 +4864,10 @@ class Catalogue:
             cut = shorts[short] == 1 and (self._strips() or info.id == f"models/{short}")
             shown = self.shown_name(short if cut else info.id)
             info = info._replace(shown=shown, capabilities=self._capabilities(info))
+            named = (info.id, short if shorts[short] == 1 else info.id)
+            forms = dict.fromkeys((*named, *map(str.lower, named)), info)
             own = [alias for alias, model in self._config.alias
-                   if info.id in (model, f"{model}:latest") and "*" not in alias]
+                   if self._patterns and "*" not in alias and self._find(model, forms)]
             if not self._allowed(info, own):
                 hidden += 1
                 continue
@@ -4873,26 +4875,28 @@ class Catalogue:
             if shorts[short] == 1:
                 short_forms[short] = info
             listed += [info] if "other" not in info.traits else []
-        reached = {**short_forms, **names}
-        for alias, model in self._config.alias:     # what it means may stand in no list, as Azure's deployments
-            info = reached.get(model) or reached.get(f"{model}:latest") or ModelInfo(model)
-            if "*" not in alias and alias not in names and self._allowed(info, [alias]):    # an id is never shadowed
-                names[alias] = info._replace(alias=alias, shown=self.shown_name(alias),
-                                             capabilities=self._capabilities(info))
-                listed.append(names[alias])
-        names = {**short_forms, **names}
+        ids, names, meant = names, {**short_forms, **names}, dict(self._config.alias)
         for name in list(names):
             names.setdefault(name.lower(), names[name])
+        # What an alias means may be another alias, or stand in no list, as Azure's deployments.
+        for alias, model in sorted(self._config.alias, key=lambda pair: pair[1] in meant):
+            info = self._find(model, names) or ModelInfo(model)
+            if "*" not in alias and alias not in ids and self._allowed(info, [alias]):      # an id is never shadowed
+                names[alias] = ids[alias] = info._replace(alias=alias, shown=self.shown_name(alias),
+                                                          capabilities=self._capabilities(info))
+                names.setdefault(alias.lower(), names[alias])
+                listed.append(names[alias])
         self._names, self.hidden = names, hidden
         self._listed = Listing(sorted(listed, key=lambda info: -(info.created or 0)))
 
-    def _find(self, name: str) -> Optional[ModelInfo]:
+    def _find(self, name: str, names: Optional[dict] = None) -> Optional[ModelInfo]:
+        names = self._names if names is None else names
         forms = [name] + [name[:-len(tag) - 1] for tag in {"latest": 1, "proxy": 1, self._config.tag: 1}
                           if tag and name.endswith(f":{tag}")]
         forms += [form.rpartition(":")[0] for form in forms if re.search(r":[0-9]+$", form)]
         forms += [f"{form}:latest" for form in forms]
         forms += [form.lower() for form in forms] + [f"models/{form.lower()}" for form in forms]
-        return next((self._names[form] for form in forms if form in self._names), None)
+        return next((names[form] for form in forms if form in names), None)
 
     def _allowed(self, info: ModelInfo, aliases: Iterable) -> bool:
         if not self._patterns:
@@ -4994,7 +4998,7 @@ class Catalogue:
 
     def _complain(self) -> None:
         """Names what is configured for models that the target does not list."""
-        ids = [info.id for info in self._models or ()]
+        ids = [info.id for info in self._models or ()] + [alias for alias, _ in self._config.alias]
         for flag, pattern in [("--set", pattern) for pattern, _ in self._config.set] \
                 + [("--alias", model) for _, model in self._config.alias] \
                 + [("models filter", pattern) for pattern in self._patterns if pattern[0] != "!"]:

@@ -8880,6 +8880,25 @@ def test_an_alias_of_what_stands_in_no_list_is_listed_unless_hidden(start, targe
     assert names_of(start("--target-api", "openai", "--alias", "gpt=DEPLOYMENT")) == ["gpt:latest"]
 
 
+def test_an_alias_finds_its_model_by_every_name_that_clients_may_use(start, target):
+    target.answers["/v1/models"] = http_answer({"data": [{"id": "m", "context_length": 5}, {"id": "vendor/BIG"}]})
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    flags = itertools.chain(*(("--alias", f"{name}={meant}") for name, meant in (
+        ("chain", "shown"), ("shown", "m:latest"), ("case", "M"), ("short", "big"), ("loop", "pool"), ("pool", "loop"))))
+    proxy = start("--target-api", "openai", *flags)
+    assert {"chain:latest", "shown:latest", "case:latest", "short:latest"} <= set(names_of(proxy))
+    for name, wanted in ("chain", "m"), ("shown", "m"), ("case", "m"), ("short:latest", "vendor/BIG"), ("loop", "pool"):
+        assert proxy.lines("/api/chat", {**CHAT, "model": name})[-1]["done"]
+        assert target.calls("/v1/chat/completions")[-1].json["model"] == wanted
+    assert {model["details"].get("context_length") for model in proxy.get("/api/tags")["models"] if model["name"] == "chain:latest"} == {5}
+    Path("models-filter.txt").write_text("fast\n")
+    proxy = start("--target-api", "openai", "--alias", "fast=big", "--set", "fast:seed=7")
+    assert names_of(proxy) == ["vendor/BIG:latest", "fast:latest"]
+    assert proxy.lines("/api/chat", {**CHAT, "model": "fast"})[-1]["done"]
+    assert target.calls("/v1/chat/completions")[-1].json["model"] == "vendor/BIG"
+    assert "fast: the target lists no such model" not in "".join(proxy.errors)      # an alias may stand in both
+
+
 def test_the_banner_shows_an_ollama_without_v1(ollama_target):
     process = launch("--target", ollama_target.url)
     assert f"target        {ollama_target.url} (an Ollama), " in process.banner
