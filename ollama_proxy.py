@@ -3237,7 +3237,7 @@ class Translation:
 
     def lines(self, pieces: Iterable) -> Iterator[list]:
         """One list of lines for each piece that says something: a line that is ready never waits for the next piece.
-        Agents get a frame without meaning when long nothing was said, while a call grows for one.
+        Agents get a frame without meaning when long nothing was said, while a call grows for one; b"" is a pause.
 
         Raises what broke before the first line, which can still be an HTTP status; later the client gets its
         dialect's in-band error, and Told is raised.
@@ -3245,7 +3245,8 @@ class Translation:
         started, spoke = False, time.monotonic()
         try:
             for data in itertools.chain(pieces, [None]):
-                lines = self.shortcut.feed(data) if self.shortcut and data is not None else self.read(data)[0]
+                lines = [] if data == b"" else \
+                    self.shortcut.feed(data) if self.shortcut and data is not None else self.read(data)[0]
                 if not lines and self.encoder.alive and time.monotonic() - spoke >= SIGN_OF_LIFE:
                     lines = [self.encoder.alive()]
                 if lines:
@@ -4169,6 +4170,7 @@ class Wire:
 
     def __init__(self, sock: Any, patience: float) -> None:
         self.sock, self.patience = sock, patience
+        self.endurance = 0.0            # seconds of silence that a body may have, with b"" for each `patience` of them
         self.buffer = b""               # has come, was not asked for yet
         self.in_step = True             # at the boundary of a message, not inside a head or body
         self._allowed = 0.0
@@ -4224,11 +4226,19 @@ class Wire:
         What came before a fault is handed out before the fault is raised.
         """
         decoder, left = (ChunkedDecoder(), None) if chunked else (None, length)
-        began, received = time.monotonic(), 0
+        began, received, silent = time.monotonic(), 0, 0.0
         self.in_step = left == 0
         while not self.in_step:
             deadline = self.rate and began + self.patience + received / self.rate
-            data, self.buffer = self.buffer or self.receive(deadline), b""
+            try:
+                data, self.buffer = self.buffer or self.receive(deadline), b""
+            except UpstreamTimeout:
+                silent += self.patience
+                if silent >= self.endurance:
+                    raise
+                yield b""
+                continue
+            silent = 0.0
             received += len(data)
             if not data:
                 self.in_step = decoder is None and left is None
@@ -4262,12 +4272,12 @@ class TargetWire(Wire):
 
     def begin(self, scope: Scope, patience: float) -> None:
         """A request of `scope` has this connection from now on.  Raises ClientGone."""
-        self._scope, self.patience = scope, patience
+        self._scope, self.patience, self.endurance = scope, patience, 0.0
         scope.hold(self.sock)
         self.set_timeout(patience)
 
     def late(self) -> ProxyError:
-        return UpstreamTimeout(f"upstream was silent for {self.patience:g} s")
+        return UpstreamTimeout(f"upstream was silent for {max(self.patience, self.endurance):g} s")
 
     def broken(self, error: Exception) -> ProxyError:
         self._scope.check()             # cut off by the watcher: the client's doing, not the target's
@@ -4358,14 +4368,16 @@ class Reply:
         self._body = wire.body(0 if bodiless else self.length, chunked and not bodiless)
         wire.in_step = False            # the generator says so itself only once it runs
 
-    def pieces(self) -> Iterator[bytes]:
-        """Body bytes as they come, framing and compression off.
+    def pieces(self, pause: float = 0.0) -> Iterator[bytes]:
+        """Body bytes as they come, framing and compression off; with a `pause` also b"" for so many silent seconds.
 
         Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, each after what came before it; or ClientGone.
         """
-        for data in itertools.chain(self._body, [None] if self._inflate else []):
-            data = self._inflate(data) if self._inflate else data
-            if data:                    # no `yield from`: who stops here must not close the body, as close() reads on
+        if pause:
+            self._wire.endurance, self._wire.patience = self._wire.patience, min(pause, self._wire.patience)
+        for piece in itertools.chain(self._body, [None] if self._inflate else []):
+            data = self._inflate(piece) if self._inflate else piece
+            if data or piece == b"":    # no `yield from`: who stops here must not close the body, as close() reads on
                 yield data
 
     def read(self, limit: int = MAX_ANSWER_BYTES, cut: bool = False) -> bytes:
@@ -5769,7 +5781,7 @@ def converse(request: Request, scope: Scope) -> Response:
                 wired = as_continuation(wired)
 
     def pieces() -> Iterator[bytes]:
-        yield from ask().pieces()
+        yield from ask().pieces(SIGN_OF_LIFE if encoder.alive else 0.0)
 
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)

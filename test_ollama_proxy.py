@@ -5212,6 +5212,32 @@ def test_an_agent_hears_of_a_call_that_grows_for_long(start, target, monkeypatch
 
 
 @cases("path", AGENT_BODIES)
+@cases("packed", [False, True])
+def test_an_agent_gets_signs_of_life_in_the_midst_of_a_stream(start, target, path, packed, monkeypatch):
+    first, rest = sse(delta(role="assistant", content=""), done=False), sse(delta("lo"), STOP)
+    first, rest = (gzip.compress(first + rest)[:12], gzip.compress(first + rest)[12:]) if packed else (first, rest)
+
+    def script(talk):
+        talk.send(stream_head() if not packed else stream_head().replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"))
+        talk.send(chunk(first))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(rest) + b"0\r\n\r\n")
+
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    names, _, body = told_after_a_while(start, target, path, script)
+    assert b'"lo"' in body and names[-1] == {"/v1/messages": "message_stop", "/v1/responses": "response.completed"}[path]
+
+
+def test_a_target_that_falls_silent_is_given_up_whatever_an_agent_was_told(start, target, monkeypatch):
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    target.answers["/v1/chat/completions"] = silent_mid_stream
+    proxy = start("--target-api", "openai", "--translate", "always", "--timeout", "1")
+    answer = proxy.post("/v1/messages", AGENT_BODIES["/v1/messages"])
+    assert answer.data.count(b'{"type":"text_delta","text":""}') > 9
+    assert b"event: error" in answer.data and b"upstream was silent for 1 s" in answer.data
+
+
+@cases("path", AGENT_BODIES)
 def test_what_breaks_after_a_sign_of_life_is_told_in_the_stream(start, target, path, monkeypatch):
     monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
     refused = b'{"error": {"message": "out of memory"}}'
