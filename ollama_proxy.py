@@ -4092,6 +4092,9 @@ class Scope:
         """Upstream.open, for as long as the request lasts."""
         self.release()
         self._reply = self.context.upstream.open(self, target, method, path, headers, body, timeout)
+        if self._over.is_set():         # meanwhile another thread has released all that there was
+            self.release()
+        self.check()
         self.context.log.debug(f"{method} {path.partition('?')[0]}: the target answers {self._reply.status}")
         return self._reply
 

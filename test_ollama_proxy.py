@@ -5260,6 +5260,21 @@ def test_an_agent_that_leaves_while_it_waits_takes_the_target_with_it(start, tar
     assert not proxy.errors
 
 
+def test_an_answer_that_comes_when_its_request_is_over_is_let_go(start, target, monkeypatch):
+    proxy = start("--target-api", "openai")
+    scope, opened, replies = proxy_module.Scope(proxy.context), proxy.context.upstream.open, []
+
+    def just_too_late(*given):
+        replies.append(opened(*given))
+        scope.__exit__(ValueError)      # what the request's own thread does, while this one waits for the answer
+        return replies[0]
+
+    monkeypatch.setattr(proxy.context.upstream, "open", just_too_late)
+    with pytest.raises(proxy_module.ClientGone):
+        scope.open(proxy.context.target, "GET", "/v1/models", [], b"")
+    assert replies[0]._wire.sock.fileno() == -1
+
+
 PHASES = [("before the headers", silent, "/api/chat", True), ("after the headers", silent_after_head, "/api/chat", True),
           ("in mid-stream", silent_mid_stream, "/api/chat", True), ("while a whole answer is read", silent_whole, "/api/chat", False),
           ("in a relayed stream", silent_mid_stream, "/v1/chat/completions", True),
