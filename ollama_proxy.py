@@ -3320,7 +3320,10 @@ def with_pauses(pieces: Iterator) -> Iterator[bytes]:
             found.append(error)
 
     waiting = threading.Thread(target=wait, name=threading.current_thread().name, daemon=True)
-    waiting.start()
+    try:
+        waiting.start()
+    except RuntimeError:                # no more threads: then without signs
+        wait()
     while not found:
         waiting.join(SIGN_OF_LIFE)
         if not found:

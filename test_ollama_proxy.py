@@ -5260,6 +5260,21 @@ def test_an_agent_that_leaves_while_it_waits_takes_the_target_with_it(start, tar
     assert not proxy.errors
 
 
+def test_an_agent_is_answered_where_no_more_threads_can_be_had(start, target, monkeypatch):
+    begin = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith("#"):
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--target-api", "openai", "--translate", "always")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    answer = proxy.post("/v1/messages", AGENT_BODIES["/v1/messages"])
+    assert answer.status == 200 and b"event: message_stop" in answer.data and not proxy.errors
+
+
 def test_an_answer_that_comes_when_its_request_is_over_is_let_go(start, target, monkeypatch):
     proxy = start("--target-api", "openai")
     scope, opened, replies = proxy_module.Scope(proxy.context), proxy.context.upstream.open, []
