@@ -679,6 +679,8 @@ class FrameDecoder:
         for line in lines:
             if not self._begun and line:
                 self._begun, line = True, line[3:] if line[:3] == b"\xef\xbb\xbf" else line
+            if line[:5] in (b"data:", b"event") and not self.stray:
+                self._bare = False      # frames after bare lines
             if line[:5] == b"data:" and not self._bare:
                 self._data(line[5:].strip(), frames)
             elif not line:

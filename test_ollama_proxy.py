@@ -463,6 +463,9 @@ STREAMS = [
      lines("whole")),
     ("F11 bare NDJSON", "chat", b"".join(json.dumps(frame).encode() + b"\n" for frame in (delta("ok"), STOP))
      + b"[DONE]\n", lines("ok")),
+    ("F11b frames after bare lines, and bare lines after frames", "chat",
+     json.dumps(delta("o")).encode() + b"\n\nevent: message\n" + sse(delta("k"), done=False)
+     + json.dumps(delta("!")).encode() + b"\n" + sse(STOP), lines("ok!")),
     ("F12 choices missing, null, empty; delta null", "chat",
      sse({"id": "x"}, {"choices": None}, {"choices": []}, {"choices": [{"delta": None}]}, delta("ok"), STOP), lines("ok")),
     ("F13 role in every delta, null or empty", "chat",
