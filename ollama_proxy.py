@@ -4132,7 +4132,7 @@ class Scope:
             self._sock = None
         reply, self._reply = self._reply, None
         if reply is not None:
-            reply.close(0.0 if self._over.is_set() else DRAIN)
+            reply.close(0.0 if self._over.is_set() else DRAIN, self.client)
 
     def __enter__(self) -> "Scope":
         return self
@@ -4400,15 +4400,15 @@ class Reply:
                 break
         return b"".join(found)[:limit]
 
-    def close(self, patience: float = 0.0) -> None:
+    def close(self, patience: float = 0.0, client: Any = None) -> None:
         """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for up to
-        `patience` seconds, so that its connection lives on."""
+        `patience` seconds, so that its connection lives on, unless `client` asks for something else meanwhile."""
         wire, until = self._wire, time.monotonic() + patience
         if self._keep and patience and not wire.in_step:
-            wire.patience = patience
+            wire.patience, wire.endurance = 0.02, patience
             with contextlib.suppress(ProxyError):
-                for _ in self._body:
-                    if time.monotonic() > until:
+                for piece in self._body:
+                    if time.monotonic() > until or (not piece and client and is_ready(client) and not has_left(client)):
                         break
         if self._keep and wire.in_step and not wire.buffer:
             self._upstream.give_back(self._key, wire)

@@ -5278,6 +5278,21 @@ def test_an_agent_is_answered_where_no_more_threads_can_be_had(start, target, mo
     assert answer.status == 200 and b"event: message_stop" in answer.data and not proxy.errors
 
 
+def test_the_next_request_does_not_wait_for_the_end_of_a_stream_that_is_late(start, target, monkeypatch):
+    def script(talk):
+        talk.send(stream_head() + chunk(HELLO))
+        target.answers["/v1/chat/completions"] = http_stream(HELLO)
+        talk.target.go.wait(3 * PATIENCE)       # the last chunk never comes
+
+    monkeypatch.setattr(proxy_module, "DRAIN", 2 * PATIENCE)
+    target.answers["/v1/chat/completions"] = script
+    sock = start("--target-api", "openai").dial()
+    for _ in range(2):
+        sock.sendall(http_request("POST", "/api/chat", CHAT))
+        assert read_until(sock, b"0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    target.go.set()
+
+
 def test_an_answer_that_comes_when_its_request_is_over_is_let_go(start, target, monkeypatch):
     proxy = start("--target-api", "openai")
     scope, opened, replies = proxy_module.Scope(proxy.context), proxy.context.upstream.open, []
