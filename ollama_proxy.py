@@ -1467,9 +1467,8 @@ def render_ollama_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
         names: dict = {}
         body["messages"] = [render_ollama_message(message, names) for message in arrange(call.messages, habits)]
         if call.offered and call.tool_choice != "none":
-            body["tools"] = [{"type": "function", "function": {
-                "name": tool.name, "description": tool.description,
-                "parameters": plain_schema(tool.parameters)}} for tool in call.offered]
+            body["tools"] = [{"type": "function", "function": {"name": tool.name, "description": tool.description,
+                              "parameters": plain_schema(tool.parameters)}} for tool in call.offered]
     else:
         body.update(prompt=call.prompt, **present(suffix=call.suffix or None))
     body.update(present(options=render_ollama_options(call) or None, format=call.format, think=call.think,
@@ -4986,7 +4985,8 @@ class Catalogue:
         except ProxyError as told:
             error = told if isinstance(told, UpstreamError) else UpstreamError(told.message)
             if told.message != self._said:      # once, until something else is wrong
-                self._say(f"model list: {told.message}; it is asked again with the next request")
+                start = "start the server or give another --target; " * isinstance(told, UpstreamUnreachable)
+                self._say(f"model list: {told.message}; {start}it is asked again with the next request")
             self._said = told.message
         except Exception as bug:        # noqa: BLE001  a bug here must not stop every later refresh
             error = UpstreamError("the model list could not be read")
@@ -5794,8 +5794,7 @@ def converse(request: Request, scope: Scope) -> Response:
     encoder = client.Encoder(call, context.clock, request.started, sent, config.reasoning_keys)
     decoder = target.Decoder(wired)
     known = settings_for(config, info.id)[1]
-    if "reasoning" in known:
-        config = config._replace(reasoning=known["reasoning"])
+    config = config._replace(reasoning=known["reasoning"]) if "reasoning" in known else config
     steps = steps_for(config, call, decoder, info.id in context.openers or bool(known.get("open_think")))
     translation = Translation(decoder, encoder, steps, observer(context, info.id, steps), context.log.redact,
                               context.log.tap)
@@ -6127,9 +6126,8 @@ def relay_openai(request: Request, scope: Scope) -> Response:
     native = context.api() == "ollama"
     path = context.path(native, request.path if native else request.path[len("/v1"):])
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    written = not request.packed and (
-        media_type.rpartition("+")[2] in ("application/json", "text/json", "json")
-        or (media_type in ("", "text/plain", "application/x-www-form-urlencoded") and data.lstrip()[:1] == b"{"))
+    written = not request.packed and (media_type.rpartition("+")[2] in ("application/json", "text/json", "json") or (
+        media_type in ("", "text/plain", "application/x-www-form-urlencoded") and data.lstrip()[:1] == b"{"))
     if context.catalogue.filtered:
         context.catalogue.refuse_hidden(urllib.parse.unquote(f"{request.path}?{request.query}"))
     if data and media_type == "multipart/form-data":
@@ -7074,7 +7072,9 @@ def check(config: Config) -> int:
         verdict = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
         verdict = f"not ready: {verdict}" if missing else "ready"
         print(paint(f"{client:<22} {verdict}", not missing, sys.stdout))
-    return int("chat" in failed or "stream" in failed)
+    ready, useless = sum(failed.keys().isdisjoint(needs.split()) for needs in CLIENTS.values()), "stream" in failed
+    print(paint(f"verdict     {ready} of {len(CLIENTS)} kinds of client are ready", not useless, sys.stdout))
+    return int(useless or "chat" in failed)
 
 
 def finding(name: str, data: bytes) -> str:
@@ -7092,8 +7092,8 @@ def finding(name: str, data: bytes) -> str:
     if name == "thinking" and not thinking:
         raise UpstreamError("no thinking came")
     pieces = data.count(b"\n") - 1 if name == "stream" else 1
-    called = f", calls {calls[0].name}" if calls else ""
-    return f"{plural(pieces, 'piece')}, {plural(finish.usage.completion_tokens, 'token')}{called}"
+    return f"{plural(pieces, 'piece')}, {plural(finish.usage.completion_tokens, 'token')}" \
+        + (f", calls {calls[0].name}" if calls else "")
 
 
 def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders: Any = None) -> int:

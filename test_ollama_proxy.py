@@ -6173,6 +6173,7 @@ Home Assistant         ready
 ollama CLI             ready
 Claude Code            ready
 Codex                  ready
+verdict     7 of 7 kinds of client are ready
 """
     target.answers["/v1/chat/completions"] = picky({
         "max_tokens": "Unsupported parameter: 'max_tokens'", "stream_options": "unknown field stream_options"})
@@ -8869,6 +8870,15 @@ def test_a_key_that_is_refused_is_told_with_its_place(start, target, argv, envir
     assert json.loads(proxy.call("GET", "/api/tags").data) == {"error": f"{target.url}/v1 gave no model list: {text} (key: {where}"}
 
 
+def test_a_target_that_is_down_is_told_once_with_what_to_do(start):
+    proxy = start("--target", "http://127.0.0.1:9", "--target-api", "openai")
+    for _ in range(3):
+        assert proxy.call("GET", "/api/tags").status == 502
+    proxy.wait_logged("model list: ")
+    assert proxy.errors == ["model list: cannot reach http://127.0.0.1:9/v1: connection refused; start the server or give another "
+                            "--target; it is asked again with the next request"]
+
+
 def test_a_web_page_is_told_from_an_api_and_trouble_with_lists_is_logged_once(start, target):
     target.answers["/v1/models"] = http_answer("<html><title>Login</title></html>", 200, "text/html")
     proxy = start("--target-api", "openai")
@@ -9138,6 +9148,7 @@ Home Assistant         not ready: tools: tools are not supported by this model
 ollama CLI             ready
 Claude Code            not ready: tools: tools are not supported by this model
 Codex                  not ready: tools: tools are not supported by this model
+verdict     3 of 7 kinds of client are ready
 """
     target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "out of order"}}, 400)
     done = run_program("--check", target.url)
@@ -9147,6 +9158,7 @@ Codex                  not ready: tools: tools are not supported by this model
     target.answers["/v1/models"] = http_answer({"data": [{"id": "small", "max_model_len": 2048}]})
     done = run_program("--check", target.url)
     assert "Codex                  not ready: stream, tools: out of order; context: 2048 tokens, and agents need 32000 or more\n" in done.stdout
+    assert done.stdout.endswith("verdict     0 of 7 kinds of client are ready\n")
 
 
 def test_check_of_an_ollama_without_a_model_for_chats(ollama_target):
