@@ -2572,7 +2572,7 @@ OPENAI = Dialect("openai", parse_openai_chat, OpenAIEncoder, render_openai_error
 ANTHROPIC_FIELDS = {"model": str, "max_tokens": int, "messages": list, "system": object, "stream": bool,
                     "temperature": float, "top_p": float, "top_k": int, "stop_sequences": list, "tools": list,
                     "tool_choice": dict, "thinking": dict, "output_config": dict}
-BLOCK_FIELDS = {"type": str, "text": str, "thinking": str, "source": dict, "id": str, "name": str, "input": dict,
+BLOCK_FIELDS = {"type": str, "text": str, "thinking": str, "source": dict, "id": str, "name": str, "input": object,
                 "tool_use_id": str, "is_error": bool}
 _BILLING = "x-anthropic-billing-header:"        # another one in each conversation: it would spoil every prompt cache
 _BUDGETS = ((4096, "low"), (16384, "medium"))       # thinking.budget_tokens up to -> level; more is "high"
@@ -2635,7 +2635,7 @@ def parse_blocks(role: str, content: Any) -> list[Message]:
         elif kind == "thinking":
             thinking = block.get("thinking", "")
         elif kind in ("tool_use", "server_tool_use"):
-            calls.append(ToolCall(block.get("id", ""), block.get("name") or "unknown", block.get("input", {})))
+            calls.append(parse_call({**block, "arguments": block.get("input")}))
         elif kind == "tool_result":
             inner = parse_blocks("tool", block.get("content", ""))[-1]
             text = f"Error: {inner.content}" if block.get("is_error") else inner.content
@@ -2705,7 +2705,8 @@ class AnthropicEncoder(Encoder):
 
     def alive(self) -> bytes:
         """An empty delta: Claude Code heeds no ping."""
-        return self.encode(TextDelta("") if self._kind == "text" else ThinkingDelta(""))
+        kind = self._kind or ("thinking" if self._call.think else "text")
+        return self.encode(ThinkingDelta("") if kind == "thinking" else TextDelta(""))
 
     def error(self, error: ProxyError) -> bytes:
         """The error event; no message_stop follows it."""
@@ -2746,7 +2747,9 @@ class AnthropicEncoder(Encoder):
 
     def _encode_call(self, call: ToolCall) -> bytes:
         self._called = True
-        delta = {"type": "input_json_delta", "partial_json": call.text}
+        # Claude Code makes an `input` of all that is JSON: it must be an object there.
+        is_json = load_or_none(call.text.encode("utf-8", "replace")) is not None
+        delta = {"type": "input_json_delta", "partial_json": dump(call.arguments).decode() if is_json else call.raw}
         started = self._start({**self._tool_use(call), "input": {}})
         return started + self._frame("content_block_delta", index=self._index, delta=delta) + self._stop()
 
@@ -4631,11 +4634,10 @@ def parse_count(text: str) -> Optional[int]:
 
 
 # What servers call it (upstreams rules 86-92): attribute of ModelInfo -> names, the likeliest first.
-_COUNTS = {
-    "context": "max_context_length context_length max_model_len context_window context_size max_input_tokens "
-               "inputTokenLimit max_total_tokens n_ctx_train",
-    "context_now": "loaded_context_length n_ctx", "size": "size_bytes size", "created": "created",
-    "embedding_length": "n_embd output_vector_size embedding_length", "parameter_count": "n_params"}
+_COUNTS = {"context": "max_context_length context_length max_model_len context_window context_size max_input_tokens "
+                      "inputTokenLimit max_total_tokens n_ctx_train",
+           "context_now": "loaded_context_length n_ctx", "size": "size_bytes size", "created": "created",
+           "embedding_length": "n_embd output_vector_size embedding_length", "parameter_count": "n_params"}
 _TEXTS = {"owner": "owned_by publisher", "family": "arch architecture model_type family",
           "format": "compatibility_type format", "parameter_size": "params_string parameter_size",
           "parent": "parent parent_model", "template": "chat_template",
@@ -5263,18 +5265,17 @@ SYMPTOMS = (
     Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens"),
            r"max_completion_tokens.? instead"))
 # For a key that the refusal names.  A key without a row is left out.
-REMEDIES = (
-    Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens")),
-    Remedy("max_tokens is sent for max_completion_tokens", "max_completion_tokens", _rename("max_tokens")),
-    Remedy("random_seed is sent for seed", "seed", _rename("random_seed")),
-    Remedy("output_dimension is sent for dimensions", "dimensions", _rename("output_dimension")),
-    Remedy("JSON mode is asked for as a schema", "response_format", _schema_instead),
-    Remedy("a schema is asked for in words", "response_format", _schema_in_words),
-    Remedy("four stop strings are sent, the others watched for here", "stop", _first_four),
-    Remedy("effort max is sent as high", "reasoning_effort", _lower_effort),
-    Remedy("reasoning_content is left out", "reasoning_content", _messages_without),
-    Remedy("reasoning_details is left out", "reasoning_details", _messages_without),
-    Remedy("strict is left out of tools", "strict", _tools_without_strict))
+REMEDIES = (Remedy("max_completion_tokens is sent for max_tokens", "max_tokens", _rename("max_completion_tokens")),
+            Remedy("max_tokens is sent for max_completion_tokens", "max_completion_tokens", _rename("max_tokens")),
+            Remedy("random_seed is sent for seed", "seed", _rename("random_seed")),
+            Remedy("output_dimension is sent for dimensions", "dimensions", _rename("output_dimension")),
+            Remedy("JSON mode is asked for as a schema", "response_format", _schema_instead),
+            Remedy("a schema is asked for in words", "response_format", _schema_in_words),
+            Remedy("four stop strings are sent, the others watched for here", "stop", _first_four),
+            Remedy("effort max is sent as high", "reasoning_effort", _lower_effort),
+            Remedy("reasoning_content is left out", "reasoning_content", _messages_without),
+            Remedy("reasoning_details is left out", "reasoning_details", _messages_without),
+            Remedy("strict is left out of tools", "strict", _tools_without_strict))
 _VALUE_REFUSED = re.compile(
     r"must be (between|less|greater|at most|at least|in|>|<|one of)|out of range|should be (less|greater)|valid range"
     r"|both be specified|only be set to|Supported values|invalid schema|schema conversion|grammar", re.I)

@@ -5156,7 +5156,7 @@ def silent_whole(talk):
 
 AGENT_BODIES = {"/v1/messages": {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "stream": True},
                 "/v1/responses": {"model": "m", "input": "hi", "stream": True}}
-STILL_THERE = {"/v1/messages": b'{"type":"thinking_delta","thinking":""}', "/v1/responses": b"event: response.in_progress"}
+STILL_THERE = {"/v1/messages": b'{"type":"text_delta","text":""}', "/v1/responses": b"event: response.in_progress"}
 
 
 def after_a_while(*told):
@@ -5188,11 +5188,41 @@ def test_agents_that_wait_long_for_an_answer_get_signs_of_life(start, target, pa
     monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
     names, last, body = told_after_a_while(start, target, path, after_a_while(stream_head(), chunk(sse(delta("Hel"), delta("lo"), STOP)), b"0\r\n\r\n"))
     assert b"Hel" in body and names == {
-        "/v1/messages": ["message_start", "content_block_start", "content_block_delta", "content_block_stop", "content_block_start",
-                         "content_block_delta", "content_block_stop", "message_delta", "message_stop"],
+        "/v1/messages": ["message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop"],
         "/v1/responses": ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
                           "response.output_text.delta", "response.output_text.done", "response.content_part.done",
                           "response.output_item.done", "response.completed"]}[path]
+
+
+def test_an_agent_that_asked_for_thinking_waits_in_a_block_of_it(start, target, monkeypatch):
+    monkeypatch.setattr(proxy_module, "SIGN_OF_LIFE", 0.05)
+    monkeypatch.setitem(AGENT_BODIES, "/v1/messages", {**AGENT_BODIES["/v1/messages"], "thinking": {"type": "enabled", "budget_tokens": 2000}})
+    monkeypatch.setitem(STILL_THERE, "/v1/messages", b'{"type":"thinking_delta","thinking":""}')
+    script = after_a_while(stream_head(), chunk(sse(delta(reasoning_content="hm"), delta("lo"), STOP)), b"0\r\n\r\n")
+    names, _, body = told_after_a_while(start, target, "/v1/messages", script)
+    blocks = [value["content_block"]["type"] for name, value in events_of(body) if name == "content_block_start"]
+    assert blocks == ["thinking", "text"] and b'"thinking":"hm"' in body
+
+
+@cases("text", ['["a"]', '"made.txt"', "42", "true", '[{"path": "x"}]'])
+def test_arguments_that_are_json_but_no_object_come_back_as_one(start, target, text):
+    def answer(talk):
+        calls = [{"index": 0, "id": "a", "function": {"name": "f", "arguments": text}}]
+        talk.send(http_stream(sse({"choices": [{"delta": {"tool_calls": calls}, "finish_reason": "tool_calls"}]})))
+        talk.released = True
+
+    target.answers["/v1/chat/completions"] = answer
+    proxy = start("--target-api", "openai", "--translate", "always")
+    body = {**AGENT_BODIES["/v1/messages"], "tools": [{"name": "f", "input_schema": {"type": "object"}}]}
+    told = "".join(value["delta"]["partial_json"] for name, value in events_of(proxy.post("/v1/messages", body).data)
+                   if name == "content_block_delta")
+    assert json.loads(told) == {"arguments": text}
+    for given in ({"arguments": text}, json.loads(text)):
+        history = [HI, turn("assistant", [{"type": "tool_use", "id": "a", "name": "f", "input": given}]),
+                   turn("user", [{"type": "tool_result", "tool_use_id": "a", "content": "no"}])]
+        assert proxy.post("/v1/messages", {**body, "messages": history}).status == 200
+        sent = target.calls("/v1/chat/completions")[-1].json["messages"][1]["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(sent) == (given if isinstance(given, dict) else {"arguments": given})
 
 
 def test_an_agent_hears_of_a_call_that_grows_for_long(start, target, monkeypatch):
@@ -7019,7 +7049,6 @@ MESSAGES_REFUSED = [
      "^invalid image input: a source of type base64 or url is expected$"),
     ({"messages": [blocks(BY_URL)]},
      NO_URLS, "ollama"),
-    (asked(blocks({**use(), "input": "x"}, role="assistant")), cannot("string", "input")),
     (asked(blocks({**use(), "id": 5}, role="assistant")), cannot("number", "id")),
     (asked(blocks({"type": "thinking", "thinking": 5}, role="assistant")), cannot("number", "thinking")),
     (after_call(used(5)), "content"), (after_call(used({"a": 1})), "content"),
