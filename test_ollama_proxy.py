@@ -8915,6 +8915,13 @@ def test_a_target_that_is_down_is_told_once_with_what_to_do(start):
                             "--target; it is asked again with the next request"]
 
 
+def test_a_list_that_does_not_come_is_told(start, target, monkeypatch):
+    monkeypatch.setattr(proxy_module, "PROBE_TIMEOUT", 0.1)
+    target.answers["/v1/models"] = silent
+    answer = start("--target-api", "openai").call("GET", "/api/tags")
+    assert answer.status == 502 and json.loads(answer.data) == {"error": "the target's model list is not known yet"}
+
+
 def test_a_web_page_is_told_from_an_api_and_trouble_with_lists_is_logged_once(start, target):
     target.answers["/v1/models"] = http_answer("<html><title>Login</title></html>", 200, "text/html")
     proxy = start("--target-api", "openai")
@@ -8949,10 +8956,14 @@ def test_two_proxies_that_point_at_each_other_end_after_one_turn(start, target):
     first.wait_logged("a request came back to this proxy: its target leads to itself")
 
 
-def test_the_wrong_scheme_is_told_in_words(start, tls_target):
+def test_the_wrong_scheme_is_told_in_words(start, target, tls_target):
     demo = DemoServer()
-    proxy = start("--target", demo.url.replace("http://", "https://"), "--target-api", "openai")
-    assert "no TLS is spoken there: write http:// instead of https://" in json.loads(proxy.post("/api/chat", CHAT).data)["error"]
+    url = demo.url.replace("http://", "https://")
+    assert json.loads(start("--target", url, "--target-api", "openai").post("/api/chat", CHAT).data) == {
+        "error": f"cannot reach {url}/v1: no TLS is spoken there: write http:// instead of https://"}
+    target.answers["/v1/chat/completions"] = b"\x15\x03\x03\x00\x02\x02\x46\r\n\r\n"      # a TLS alert
+    assert json.loads(start("--target-api", "openai").post("/api/chat", CHAT).data) == {
+        "error": "upstream does not speak HTTP/1.x: TLS is spoken there, write https:// instead of http://"}
     proxy = start("--target", f"http://127.0.0.1:{tls_target.port}", "--target-api", "openai")
     assert proxy.post("/api/chat", CHAT).status == 502
     demo.shutdown()
