@@ -1065,7 +1065,7 @@ def parse_options(options: dict) -> tuple[dict, dict]:
         name = _OPTION_NAMES.get(wire, wire)
         if name == "stop":
             value = parse_stop(value) or None
-        elif name in OPTION_KINDS and value is not None:
+        elif (wire in _OPTION_NAMES or wire in OLLAMA_ONLY) and value is not None:
             kind = OPTION_KINDS[name]
             finite = isinstance(value, (int, float)) and value - value == 0
             if not finite or isinstance(value, bool) != (kind is bool):
@@ -2748,8 +2748,8 @@ class AnthropicEncoder(Encoder):
     def _encode_call(self, call: ToolCall) -> bytes:
         self._called = True
         # Claude Code makes an `input` of all that is JSON: it must be an object there.
-        is_json = load_or_none(call.text.encode("utf-8", "replace")) is not None
-        delta = {"type": "input_json_delta", "partial_json": dump(call.arguments).decode() if is_json else call.raw}
+        is_json = load_or_none(call.raw.encode("utf-8", "replace")) is not None
+        delta = {"type": "input_json_delta", "partial_json": (call._replace(raw="") if is_json else call).text}
         started = self._start({**self._tool_use(call), "input": {}})
         return started + self._frame("content_block_delta", index=self._index, delta=delta) + self._stop()
 
@@ -3287,12 +3287,11 @@ class Translation:
         lines = []
         self.encoder.tick()
         for event in self._filtered(decoded) if not self._ended else ():    # what a step ended is over
-            if isinstance(event, Failure):
-                self._failure, self._ended = event.error, True
-                break
             try:
+                if isinstance(event, Failure):
+                    raise event.error
                 lines.append(self.encoder.encode(event))
-            except UpstreamError as error:      # what the client's dialect cannot write
+            except ProxyError as error:     # the target's, or what the client's dialect cannot write
                 self._failure, self._ended = error, True
                 break
             if isinstance(event, Finish):
@@ -3799,7 +3798,7 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     @property
     def key_source(self) -> str:
         """Where the key for the target came from, or may be set."""
-        return self.sources["api_key"].replace("flag", "--api-key")
+        return self.sources["api_key"]
 
     @property
     def secrets(self) -> tuple:
@@ -3878,14 +3877,14 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
     key = values["api_key"]
     if not key and target.preset.key_env and (target.name or target.preset.hosts):
         key, sources["api_key"] = environ.get(target.preset.key_env, "").strip(), target.preset.key_env
+    sources["api_key"] = "--api-key" if sources["api_key"] == "flag" else sources["api_key"]
     if not key:
         sent = "no client sent one that can be passed on, and " * bool(values["forward_auth"])
         sources["api_key"] = f"{sent}none is set: --api-key" + "".join(
             f"; {row.key_env} is read for --target {name} alone" for name, row in PRESETS.items()
             if environ.get(row.key_env) and row is not target.preset)
     if key and (not key.isascii() or not key.isprintable() or " " in key):
-        source = sources["api_key"].replace("flag", "--api-key")
-        raise UsageError(f"{source}: a key is printable ASCII without spaces")
+        raise UsageError(f"{sources['api_key']}: a key is printable ASCII without spaces")
     if target.preset.hosts and not key and not values["forward_auth"] and not values["demo"]:
         raise UsageError(f"{target.host} needs a key: set {target.preset.key_env} or give --api-key")
     return target._replace(key=key)
@@ -4123,8 +4122,12 @@ class Scope:
 
     def abort(self) -> None:
         """The client has left; the watcher's thread calls this, with its lock held."""
-        self._over.set()
+        self._cut()
         shut(self.client)               # wakes a blocked send, and makes every later one fail
+
+    def _cut(self) -> None:
+        """Nobody waits for the target any more; the watcher's lock is held."""
+        self._over.set()
         if self._sock is not None:
             shut(self._sock)
 
@@ -4143,9 +4146,7 @@ class Scope:
         """The request is over; after an exception nobody waits for the rest of an answer, or for its beginning."""
         if kind is not None:
             with self.context.watcher.lock:
-                self._over.set()
-                if self._sock is not None:
-                    shut(self._sock)
+                self._cut()
         if self.client is not None:
             self.context.watcher.remove(self)
         self.release()
@@ -5594,7 +5595,7 @@ class Context:
             if not self._api and time.monotonic() > self._ask_again:
                 try:
                     self._api = "ollama" if self._is_ollama() else "openai"
-                    self.target = self.target._replace(api=self._api)
+                    self.target, self.catalogue.silence = self.target._replace(api=self._api), None
                 except UpstreamError as error:          # down, or hung: an Ollama answers this at once
                     self.catalogue.silence, hung = error, isinstance(error, UpstreamTimeout)
                     self._ask_again = time.monotonic() + (10 * FAILURE_MEMORY if hung else FAILURE_MEMORY)
@@ -7012,7 +7013,7 @@ CHECKS = (
 CLIENTS = {"VS Code Copilot": "stream tools", "JetBrains AI Assistant": "stream", "Open WebUI": "chat stream",
            "Home Assistant": "stream tools", "ollama CLI": "stream", "Claude Code": "stream tools context",
            "Codex": "stream tools context"}
-TRIES = {"tools": 3}                    # small models call in one of two answers
+TRIES = {"tools": 3}                    # small models call one time and not the next
 AGENT_CONTEXT = 32_000                  # tokens: the instructions of Claude Code alone are more than 20,000
 
 

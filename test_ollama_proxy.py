@@ -9105,6 +9105,11 @@ def test_a_deep_schema_that_refers_to_itself_is_refused(start, ollama_target):
     assert answer.status == 400 and json.loads(answer.data)["error"]["message"] == "a tool's schema refers to itself too often"
 
 
+def test_an_option_that_ollama_does_not_know_may_be_of_any_type(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    assert start("--target-api", "openai").lines("/api/chat", {**CHAT, "options": {"max_tokens": "100", "x": []}})[-1]["done"]
+
+
 def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
     answer = start("--target", "https://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT)
