@@ -7104,29 +7104,29 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
     With --workers the first process passes both on to its `children` by `tell`, bytes in a pipe that they read from
     `orders`: signals often reach the whole group, and would count twice there.
     """
-    asked, insisted = threading.Event(), threading.Event()
+    signals: list = []                  # no Event: the code that is interrupted may hold its lock
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, signal.SIG_IGN if orders else
-                          lambda *_: (insisted if asked.is_set() else asked).set())
+                          lambda number, _: signals.append(number))
     if orders:
-        obey = lambda: (os.read(orders, 1), asked.set(), os.read(orders, 1), insisted.set())      # noqa: E731
+        obey = lambda: [signals.append(os.read(orders, 1)) for _ in range(2)]       # noqa: E731
         threading.Thread(target=obey, name="orders", daemon=True).start()
     else:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    while not asked.wait(0.5):              # without a time-out Windows does not notice Ctrl-C
-        pass
+    while not signals:
+        time.sleep(0.1)
     if server.calls:
         server.context.log.say(f"finishing {plural(server.calls, 'request')}; again to cut them")
     drain = threading.Thread(target=server.drain, args=(server.context.config.grace,), name="drain", daemon=True)
     drain.start()
     if tell:
         tell()
-    while (drain.is_alive() or any(map(is_running, children))) and not insisted.wait(0.1):
-        pass
-    if insisted.is_set() and tell:
+    while (drain.is_alive() or any(map(is_running, children))) and len(signals) < 2:
+        time.sleep(0.1)
+    if len(signals) > 1 and tell:
         tell()
     if server.calls:
         server.context.log.say(f"cut {plural(server.calls, 'request')}")
@@ -7174,7 +7174,7 @@ def main(argv: Optional[list] = None) -> int:
     except UsageError as error:
         print(paint(f"ollama_proxy: {error}", False, sys.stderr), file=sys.stderr)
         return 2
-    except BrokenPipeError:             # --check | head
+    except (BrokenPipeError, KeyboardInterrupt):    # --check | head, or Ctrl-C before the server runs
         return 1
     except OSError as error:
         host, port = config.address

@@ -6163,8 +6163,12 @@ def test_a_second_signal_cuts_at_once(target):
 
 
 def run_program(*argv, **environ):
-    clean = {name: value for name, value in OWN.items() if not name.startswith(("OLLAMA", "OPENROUTER"))}
-    return subprocess.run([sys.executable, str(HERE / "ollama_proxy.py"), *argv], capture_output=True, text=True, timeout=PATIENCE * 2, env={**clean, **environ})
+    return subprocess.run([sys.executable, str(HERE / "ollama_proxy.py"), *argv], capture_output=True, text=True, timeout=PATIENCE * 2, env={**unset(), **environ})
+
+
+def unset():
+    """The environment without what the program reads."""
+    return {name: value for name, value in OWN.items() if not name.startswith(("OLLAMA", "OPENROUTER"))}
 
 
 def test_problems_at_start_are_one_clear_line():
@@ -9157,6 +9161,37 @@ def test_who_stops_a_proxy_in_mid_stream_is_told_what_it_waits_for(target):
         assert process.stderr.readline() == "finishing 1 request; again to cut them\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "cut 1 request\n" and process.wait(PATIENCE) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX") if pytest else lambda f: f
+def test_a_signal_at_the_worst_moment_ends_the_program_as_any_other():
+    at_worst = f"""
+import runpy, signal, threading
+release, armed = threading.Condition.__exit__, []
+
+def release_after_a_signal(self, *error):
+    if armed and threading.get_ident() == threading.main_thread().ident:
+        signal.raise_signal(signal.SIGINT)
+    return release(self, *error)
+
+threading.Condition.__exit__ = release_after_a_signal
+signal.signal(signal.SIGUSR1, lambda *_: armed.append(1))
+runpy.run_path({str(HERE / "ollama_proxy.py")!r}, run_name="__main__")
+"""
+    process = launch("--demo", source=["-c", at_worst])
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        process.send_signal(number)
+    assert process.wait(PATIENCE) == 0 and process.stderr.read() == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX") if pytest else lambda f: f
+def test_who_stops_a_check_sees_no_traceback(target):
+    target.answers["/v1/models"] = silent
+    command = [sys.executable, str(HERE / "ollama_proxy.py"), "--check", target.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unset()) as process:
+        assert target.go.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(PATIENCE), process.stderr.read()) == (1, "")
 
 
 def test_check_tells_which_clients_are_ready(target):
