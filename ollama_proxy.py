@@ -7108,8 +7108,7 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, signal.SIG_IGN if orders else
-                          lambda number, _: signals.append(number))
+            signal.signal(number, signal.SIG_IGN if orders else lambda number, _: signals.append(number))
     if orders:
         obey = lambda: [signals.append(os.read(orders, 1)) for _ in range(2)]       # noqa: E731
         threading.Thread(target=obey, name="orders", daemon=True).start()
