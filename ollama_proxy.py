@@ -576,14 +576,9 @@ def lower_keys(value: dict) -> dict:
 _KINDS = {str: "string", bool: "bool", list: "array", dict: "object", int: "integer", float: "number"}
 
 
-def field(body: dict, name: str, kind: type, default: Any = None) -> Any:
-    """A request field of the JSON type `kind`; null and absence give `default`.
-
-    Raises BadRequest 400 in the wording of Ollama's parser.
-    """
-    value = body.get(name)
-    if value is None:
-        return default
+def field(body: dict, name: str, kind: type) -> Any:
+    """A request field of the JSON type `kind`.  Raises BadRequest 400 in the wording of Ollama's parser."""
+    value = body[name]
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     wanted = (int, float) if kind is float else kind
@@ -1459,9 +1454,8 @@ def arrange(messages: tuple, habits: Habits) -> tuple:
                  and not turn.tool_calls else turn for turn in messages)
 
 
-def render_ollama_chat(call: ChatCall, habits: Habits, context: Optional[int] = None) -> WireRequest:
+def render_ollama_chat(call: ChatCall, habits: Habits, _context: Optional[int] = None) -> WireRequest:
     """ChatCall -> POST /api/chat, or /api/generate for a plain prompt, of a real Ollama."""
-    del context
     body: dict = {"model": call.model, "stream": call.stream}
     if call.prompt is None:
         names: dict = {}
@@ -1477,9 +1471,8 @@ def render_ollama_chat(call: ChatCall, habits: Habits, context: Optional[int] = 
     return WireRequest("/api/chat" if call.prompt is None else "/api/generate", body)
 
 
-def render_ollama_embed(call: EmbedCall, habits: Habits) -> WireRequest:
+def render_ollama_embed(call: EmbedCall, _habits: Habits) -> WireRequest:
     """EmbedCall -> POST /api/embed."""
-    del habits
     return WireRequest("/api/embed", present(
         model=call.model, input=list(call.inputs), dimensions=call.dimensions, keep_alive=call.keep_alive,
         truncate=call.truncate, options=call.options or None))
@@ -1640,8 +1633,6 @@ class OllamaEncoder(Encoder):
 
     def encode(self, event: Any) -> bytes:
         """Returns one line."""
-        if isinstance(event, Failure):
-            return self.error(event.error)
         if isinstance(event, Finish):
             return ndjson_line({**self._object(), **self._last(event)})
         self._count(len(event.calls) if isinstance(event, ToolCalls) else 1)
@@ -1864,9 +1855,8 @@ def parse_response_format(value: Any) -> Any:
     return schema or "json" if kind == "json_schema" else "json" if kind == "json_object" else None
 
 
-def parse_openai_embed(body: dict, legacy: bool = False) -> EmbedCall:
+def parse_openai_embed(body: dict, _legacy: bool = False) -> EmbedCall:
     """POST /v1/embeddings -> EmbedCall.  Token ids cannot be sent to Ollama."""
-    del legacy
     body = typed(body, OPENAI_FIELDS)
     model = required(body.get("model", "").strip(), "model is required")
     inputs = required(("",) if body.get("input") == "" else parse_inputs(body.get("input")),
@@ -2087,9 +2077,8 @@ def read_openai_embeddings(answer: Any, count: int) -> tuple[list, Usage]:
             Usage(prompt_tokens=as_count(usage.get("prompt_tokens")) or as_count(usage.get("total_tokens"))))
 
 
-def render_openai_embeddings(call: EmbedCall, vectors: list, usage: Usage, took: int) -> dict:
+def render_openai_embeddings(call: EmbedCall, vectors: list, usage: Usage, _took: int) -> dict:
     """Vectors -> answer of /v1/embeddings."""
-    del took
     tokens = usage.prompt_tokens or 0
     return {"object": "list", "model": call.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
         {"object": "embedding", "index": at, "embedding":
@@ -2329,11 +2318,8 @@ class OpenAIDecoder:
 
     def _finish(self) -> list:
         reason = "length" if self._reason.lower() in FINISH_LENGTH else "stop"
-        try:
-            calls = self._tools.close(reason == "length", present(
-                reasoning_details=self._details or None, reasoning_content="".join(self._thinking) or None))
-        except UpstreamError as error:
-            return self._fail(error)
+        calls = self._tools.close(reason == "length", present(
+            reasoning_details=self._details or None, reasoning_content="".join(self._thinking) or None))
         if not self._any and not self._reason:
             return self._fail(StreamTruncated("upstream sent an empty response"))
         self.done = True
@@ -2479,8 +2465,6 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
-        if isinstance(event, Failure):
-            return self.error(event.error)
         if isinstance(event, Finish):
             frames = self._frame({"delta": {}} if self._chat else {"text": ""}, finish_reason=self._reason(event))
             if self._call.want_usage:
@@ -2544,9 +2528,8 @@ class OpenAIEncoder(Encoder):
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-_ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error",
-                415: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {**dict.fromkeys((400, 405, 413, 415, 422), "invalid_request_error"), 401: "authentication_error",
+                403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def render_openai_error(error: ProxyError) -> dict:
@@ -2688,8 +2671,6 @@ class AnthropicEncoder(Encoder):
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
-        if isinstance(event, Failure):
-            return self.error(event.error)
         if isinstance(event, Finish):
             usage = self._usage(event.usage)
             delta = {"stop_reason": self._reason(event), "stop_sequence": event.stop or None}
@@ -2894,8 +2875,6 @@ class ResponsesEncoder(Encoder):
 
     def encode(self, event: Any) -> bytes:
         """Returns the frames of one event."""
-        if isinstance(event, Failure):
-            return self.error(event.error)
         if isinstance(event, Finish):
             frames, response = self._begin() + self._close(), self._ended(event)
             return frames + self._frame(response["status"], response=response)
@@ -4059,10 +4038,12 @@ class Watcher:
         self.lock = threading.Lock()
         self._scopes: set = set()
         self._some = threading.Event()
-        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
     def add(self, scope: "Scope") -> None:
         with self.lock:
+            if not self._thread.ident:
+                self._thread.start()
             self._scopes.add(scope)
             self._some.set()
 
@@ -5502,7 +5483,7 @@ class Log:
         self._waiting: collections.deque = collections.deque()      # (stream, line)
         self._lost = 0                  # lines that nobody took
         self._some = threading.Event()
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._thread, self._starting = threading.Thread(target=self._run, name="log", daemon=True), threading.Lock()
 
     def redact(self, text: str) -> str:
         """`text` without any key of ours."""
@@ -5538,6 +5519,9 @@ class Log:
             self._write(sys.stderr, one_line(self.redact(text), 1000))
 
     def _write(self, stream: Any, line: str) -> None:
+        with self._starting:
+            if not self._thread.ident:  # not before there is something to do: --workers forks, which threads forbid
+                self._thread.start()
         if len(self._waiting) < 10000:
             self._waiting.append((stream, line))
         else:
@@ -6610,8 +6594,6 @@ _REQUEST_NUMBERS = itertools.count(1)   # in --debug lines
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection: handle() of the standard library calls handle_one_request until `close_connection`."""
 
-    protocol_version = "HTTP/1.1"
-
     def setup(self) -> None:
         """TLS where it is wanted.  A Wire instead of files: reads have deadlines, an answer is one write."""
         self.connection, self.context = self.request, self.server.context
@@ -6655,9 +6637,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
         try:
             self.wire.in_step = False     # until a head is parsed nobody knows where the next request begins
-            if not self.parse_request():
+            head = self.wire.head()
+            if head is None:
                 raise ClientGone("client closed the connection")
-            request, context = self.asked, self.context
+            self.server.mark(self.connection, True)
+            request = self.asked = parse_request_head(head, self._names_us)
+            self.wire.in_step, context = not (request.length or request.chunked), self.context
             self._check_origin(request)
             if request.method == "OPTIONS":
                 return Response(204, headers=preflight_headers(request))
@@ -6684,15 +6669,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Exception as error:      # noqa: BLE001  a bug of ours: told, logged, survived
             complain(error)
             return self._error_response(ProxyError("internal error"))
-
-    def parse_request(self) -> bool:
-        """Reads a head, strictly; `asked` is the Request.  False when the client left.  Raises BadRequest."""
-        head = self.wire.head()
-        if head is not None:
-            self.server.mark(self.connection, True)
-            self.asked = parse_request_head(head, self._names_us)
-            self.wire.in_step = not (self.asked.length or self.asked.chunked)
-        return head is not None
 
     def _names_us(self, authority: str) -> bool:
         """Whether an address is that of this server."""
@@ -6957,6 +6933,8 @@ def banner(server: ProxyServer) -> None:
     context = server.context
     config, url = context.config, client_url(server)
     everywhere = f"{bracketed(server.server_name or '0.0.0.0')}:{server.server_port}"
+    for note in config.notes:
+        context.log.say(f"warning: {note}")
     if not server.loopback and not config.client_key:
         context.log.say(f"warning: everybody who reaches {everywhere} can use the target and its key; "
                         "set --client-key or listen on 127.0.0.1")
@@ -7098,10 +7076,10 @@ def finding(name: str, data: bytes) -> str:
         + (f", calls {calls[0].name}" if calls else "")
 
 
-def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders: Any = None) -> int:
+def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders: Iterable = ()) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; then lets streams end for --grace seconds.  A second signal cuts them.
 
-    With --workers the first process passes both on to its `children` by `tell`, bytes in a pipe that they read from
+    With --workers the first process passes both on to its `children` by `tell`, which ends the pipes that they read,
     `orders`: signals often reach the whole group, and would count twice there.
     """
     signals: list = []                  # no Event: the code that is interrupted may hold its lock
@@ -7110,7 +7088,7 @@ def serve(server: ProxyServer, children: Iterable = (), tell: Any = None, orders
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, signal.SIG_IGN if orders else lambda number, _: signals.append(number))
     if orders:
-        obey = lambda: [signals.append(os.read(orders, 1)) for _ in range(2)]       # noqa: E731
+        obey = lambda: [signals.append(os.read(order, 1)) for order in orders]       # noqa: E731
         threading.Thread(target=obey, name="orders", daemon=True).start()
     else:
         threading.Thread(target=banner, args=(server,), name="banner", daemon=True).start()
@@ -7142,17 +7120,18 @@ def is_running(pid: int) -> bool:
 
 
 def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
-    """--workers: the listening socket is open already; every process accepts on it, none outlives the first: the end
-    of the pipe is an order, too."""
+    """--workers: the listening socket is open already; every process accepts on it, none outlives the first.  The end
+    of a pipe is an order to all of them, however many read it: the first one to finish, the second one to cut."""
     children: list[int] = []
-    reader, writer = os.pipe()
+    readers, writers = map(list, zip(os.pipe(), os.pipe()))
     for _ in range(count - 1):
         pid = os.fork()
         if pid == 0:
-            os.close(writer)
-            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), orders=reader))
+            for writer in writers:
+                os.close(writer)
+            os._exit(serve(ProxyServer(Context(config), config.address, server.socket), orders=readers))
         children.append(pid)
-    return serve(server, children, lambda: os.write(writer, b"." * len(children)))
+    return serve(server, children, lambda: os.close(writers.pop(0)))
 
 
 def main(argv: Optional[list] = None) -> int:
@@ -7168,8 +7147,6 @@ def main(argv: Optional[list] = None) -> int:
         if config.check:
             return check(config)
         server = ProxyServer(Context(config), config.address)
-        for note in config.notes:
-            server.context.log.say(f"warning: {note}")
     except UsageError as error:
         print(paint(f"ollama_proxy: {error}", False, sys.stderr), file=sys.stderr)
         return 2

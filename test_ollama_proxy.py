@@ -14,6 +14,7 @@ event, never for a time.
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import gzip
 import io
@@ -6243,6 +6244,34 @@ def test_workers_share_one_socket_and_end_together(target):
         socket.create_connection(("127.0.0.1", process.port), timeout=1)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork") if pytest else lambda f: f
+def test_every_worker_lets_its_streams_end(target):
+    def held(talk):
+        talk.send(stream_head() + chunk(sse(delta("Hel"), done=False)))
+        talk.target.go.wait(PATIENCE)
+        talk.send(chunk(HELLO) + b"0\r\n\r\n")
+
+    target.answers["/v1/chat/completions"] = held
+    process, finishing = launch("--target", target.url, "--target-api", "openai", "--workers", "4", "--grace", "1000"), 0
+    with contextlib.ExitStack() as stack:
+        too_late = threading.Timer(PATIENCE, process.kill)
+        stack.callback(too_late.cancel)
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE)) for _ in range(12)]
+        for sock in socks:
+            sock.sendall(http_request("POST", "/api/chat", CHAT))
+            read_until(sock, b"Hel")
+        process.terminate()
+        too_late.start()
+        while finishing < 12:           # each process tells how many of them are its own
+            line = process.stderr.readline()
+            assert line.startswith("finishing "), line
+            finishing += int(line.split()[1])
+        target.go.set()
+        for sock in socks:
+            assert b'"done":true' in read_until(sock, b"0\r\n\r\n")
+        assert (process.wait(PATIENCE), process.stderr.read()) == (0, "")
+
+
 @cases("argv, warnings", [
     (["--listen", "0.0.0.0:0"], ["everybody who reaches 0.0.0.0:{port} can use the target and its key; set --client-key "
                                  "or listen on 127.0.0.1"]),
@@ -7482,7 +7511,8 @@ def test_replies_that_nobody_would_write_keep_the_order_of_events(path):
         if cut:
             events[chance.randint(1, len(events) - 1):] = [proxy_module.Failure(BadRequest("broke", 502))]
         encoder = ENCODERS[path](call, StillClock, 1, 2)
-        found = READERS[path](events_of(b"".join(map(encoder.encode, events))))
+        frames = [encoder.error(event.error) if isinstance(event, proxy_module.Failure) else encoder.encode(event) for event in events]
+        found = READERS[path](events_of(b"".join(frames)))
         thinking, text = ("".join(event.text for event in events if isinstance(event, kind))
                           for kind in (ThinkingDelta, TextDelta))
         calls = [(call.name, call.arguments) for event in events if isinstance(event, ToolCalls)
