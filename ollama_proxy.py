@@ -995,7 +995,7 @@ def as_count(value: Any) -> Optional[int]:
 
 def nanoseconds(value: Any, unit: float) -> Optional[int]:
     """A duration of an upstream, `unit` seconds each, as whole nanoseconds of at least 1."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value * unit < 1e9:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9 / unit:
         return max(1, round(value * unit * 1e9))
     return None
 
@@ -1502,7 +1502,7 @@ def _read_vector(value: Any) -> list:
             value = [sum(column) / len(value) for column in zip(*value)] if len(value) > 1 else value[0]
         if not isinstance(value, (list, tuple)) or not value or sum(value) * 0.0 != 0 or bool in map(type, value):
             raise ValueError("no numbers")
-    except (ValueError, TypeError, KeyError, struct.error):
+    except (ValueError, TypeError, KeyError, OverflowError, struct.error):
         raise BadUpstreamPayload("upstream sent an embedding that is not a list of numbers") from None
     return list(value)
 
@@ -2428,7 +2428,7 @@ def stream_error(value: dict) -> UpstreamError:
     text = error_sentence(value) or "upstream reported an error without a text"
     error = as_dict(value.get("error"))
     for status in (error.get("status_code"), error.get("code"), value.get("code"), error.get("status")):
-        if isinstance(status, str) and status.isdigit():
+        if isinstance(status, str) and status.isdecimal():
             status = int(status)
         if isinstance(status, int) and 400 <= status <= 599:
             return UpstreamRefused(text, status, body=value)
@@ -3752,7 +3752,7 @@ SETTINGS = (
     Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
     Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden"),
     Setting("--no-log", "", False, "print nothing but errors"),
-    Setting("--env-file", "FILE", "", "more environment; .env is read when present; real variables win"),
+    Setting("--env-file", "FILE", "", "read this file instead of .env; real variables win"),
     Setting("--demo", "", False, "start a tiny server inside and use it"),
     Setting("--check", "", False, "ask the server everything that clients need, print the findings, exit"))
 
@@ -3783,7 +3783,8 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     def secrets(self) -> tuple:
         """Every text that must never be shown."""
         found = [self.destination.key, self.client_key]
-        found += [text for _, value in self.header for text in (value, *value.split())]
+        found += [text for name, value in self.header if re.search("auth|cookie|key|pass|secret|token", name, re.I)
+                  for text in (value, *value.split())]
         for part in self.destination.query.split("&"):
             name, _, value = part.partition("=")
             found += [value, urllib.parse.unquote_plus(value)] if name != "api-version" else []
@@ -3825,6 +3826,12 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
         if values["demo"] and sources["target"] == "flag":
             notes.append(f"--target {values['target']} is not used: --demo has a target of its own")
         files = (env_file or ".env", values["models_filter"] or "models-filter.txt")
+        if os.path.isfile(files[1]) and not read_filter_file(values["models_filter"]):
+            notes.append(f"{files[1]}: not a line in it, so no model is hidden")
+        if not environ.get("OLLAMA_PROXY_CLIENT_KEY", "none").strip() and not values["client_key"]:
+            notes.append("OLLAMA_PROXY_CLIENT_KEY is empty, so no key is asked for")
+        if values["forward_auth"] and target.key:
+            notes.append(f"--forward-auth: clients that send no key use that of {sources['api_key']}")
         target = target._replace(api=values["target_api"])
         return cls(**values, destination=target, address=_pick_address(values, sources, target), sources=sources,
                    files=tuple(filter(os.path.isfile, files)), notes=tuple(notes))
@@ -3858,8 +3865,8 @@ def pick_target(values: dict, sources: dict, environ: dict) -> Target:
         key, sources["api_key"] = environ.get(target.preset.key_env, "").strip(), target.preset.key_env
     sources["api_key"] = "--api-key" if sources["api_key"] == "flag" else sources["api_key"]
     if not key:
-        sent = "no client sent one that can be passed on, and " * bool(values["forward_auth"])
-        sources["api_key"] = f"{sent}none is set: --api-key" + "".join(
+        sources["api_key"] = "no client sent one that can be passed on" if values["forward_auth"] else \
+            "none is set: OLLAMA_PROXY_API_KEY or --api-key" + "".join(
             f"; {row.key_env} is read for --target {name} alone" for name, row in PRESETS.items()
             if environ.get(row.key_env) and row is not target.preset)
     if key and (not key.isascii() or not key.isprintable() or " " in key):
@@ -3927,8 +3934,8 @@ def read_lines(path: Optional[str], present: str, label: str) -> list[str]:
         with open(path or present, encoding="utf-8-sig") as file:
             return file.read().splitlines()
     except OSError as error:
-        if path:
-            raise UsageError(f"{label} {path}: {str(error.strerror).lower()}") from None
+        if path or os.path.isfile(present):
+            raise UsageError(f"{label} {path or present}: {str(error.strerror).lower()}") from None
     except ValueError:
         raise UsageError(f"{label} {path or present}: not a UTF-8 text") from None
     return []
@@ -4349,6 +4356,7 @@ class Reply:
             raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
         self.length = int(length) if length is not None else None       # as announced, also for HEAD
         self.content_type = self.headers.get("content-type", "")
+        self.secret = b""               # the key that was sent: some servers repeat it when they refuse it
         bodiless = method == "HEAD" or self.status in (204, 304)
         # Exactly one framing: with neither the body ends with the connection, with both it smells of smuggling.
         self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
@@ -4382,7 +4390,8 @@ class Reply:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
             if size > limit:
                 break
-        return b"".join(found)[:limit]
+        data = b"".join(found)[:limit]
+        return data.replace(self.secret, b"***") if self.status >= 400 and len(self.secret) > 6 else data
 
     def close(self, patience: float = 0.0, client: Any = None) -> None:
         """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for up to
@@ -4439,6 +4448,7 @@ class Upstream:
                 if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
             wire = self._dial(scope, target, via, min(self._config.connect_timeout, patience))
+        reply.secret = dict(headers).get("Authorization", "").rpartition(" ")[2].encode("latin-1")
         if 300 <= reply.status < 400 and reply.status != 304:
             reply.close()
             where = reply.headers.get("location", "").partition("?")[0]
@@ -4668,7 +4678,7 @@ def read_model(entry: dict) -> Optional[ModelInfo]:
         told = {"running": True, "format": "gguf", **told}
     arguments = list(map(str, as_list(status.get("args"))))
     for flag, value in zip(arguments, arguments[1:]):
-        if flag in ("--ctx-size", "-c") and value.isdigit():
+        if flag in ("--ctx-size", "-c") and value.isdecimal():
             told.setdefault("context_now", int(value))
     told["parameter_size"] = told.get("parameter_size") or human_count(told.get("parameter_count"))
     told.setdefault("parameter_count", parse_count(told["parameter_size"]))
@@ -5597,22 +5607,23 @@ class Context:
             raise UpstreamUnreachable(f"{self.target.url} is in trouble: HTTP {status}")
         return False
 
-    def headers(self, request: Optional[Request] = None) -> list:
-        """What goes to the target with every request: its key, never the client's unless so configured."""
+    def headers(self, request: Optional[Request] = None, key: bool = True) -> list:
+        """What goes to the target with every request: its key, never the client's unless so configured; without `key`
+        what a server gets that our secrets are not meant for."""
         target, client = self.target, self.authorization_of(request)
         own = ("api-key", target.key) if target.key_header == "api-key" else ("Authorization", f"Bearer {target.key}")
-        key = [("Authorization", client)] if client else [own] if target.key else []
-        extra = [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
+        secret = [("Authorization", client)] if client else [own] if target.key else []
+        secret += [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
         marks = [request.headers[MARK]] if request is not None and MARK in request.headers else []
-        return STRANGERS_HEADERS + key + extra + [(MARK, ", ".join(marks + [self.mark]))]
+        return OWN_HEADERS + (secret if key else []) + [(MARK, ", ".join(marks + [self.mark]))]
 
     def authorization_of(self, request: Optional[Request]) -> str:
         """The client's own Authorization, when it is to be passed on; the key of our own door never is.  Lists are
-        nobody's: they are asked with the last one seen."""
+        nobody's: they are asked with our key, or else with the last one seen, and so show its models to all."""
         if not self.config.forward_auth:
             return ""
         if request is None:
-            return self.client_authorization
+            return "" if self.target.key else self.client_authorization
         own = self.config.client_key
         offered = request.headers.get("authorization", ""), f"Bearer {request.headers.get('x-api-key', '')}"
         return next((one for one in offered if is_real_key(one) and not (own and own in one)), "")
@@ -5635,8 +5646,7 @@ class Context:
 
 
 MARK = "x-ollama-proxy"                 # the proxies that a request came through
-# What goes to a server that our key is not meant for.
-STRANGERS_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
+OWN_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
 _PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api-key lm-studio not-needed no-key
     no-key-required sk-no-key-required api-key-not-set default-key okki changeme your-api-key""".split())
 
@@ -6028,7 +6038,7 @@ def relay(scope: Scope, request: Request, target: Target, path: str, body: Any, 
     log = scope.context.log
     own = scope.context.authorization_of(request) and key     # whose account pays is told beside one's own key only
     private = PRIVATE_HEADERS | HOP_BY_HOP | (set() if own else ACCOUNT_HEADERS)
-    headers = (scope.context.headers(request) if key else STRANGERS_HEADERS) + travelling(
+    headers = scope.context.headers(request, key) + travelling(
         request.headers, private, ("access-control-", "sec-", "cf-"))
     whole = path + (f"{'&' if '?' in path else '?'}{request.query}" if request.query else "")
     while True:
@@ -6548,7 +6558,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news; a bug of ours is."""
         error = sys.exc_info()[1]
-        if not isinstance(error, (OSError, ClientGone)):
+        if isinstance(error, OSError):
+            self.context.log.debug(f"the connection of {client_address[0]} broke: {reason_of(error)}")
+        elif not isinstance(error, ClientGone):
             complain(error)
 
     @property
@@ -6584,7 +6596,8 @@ def server_tls(config: Config) -> Any:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--tls-cert {config.tls_cert}: {reason_of(error)}") from None
+        files = " with --tls-key ".join(filter(None, (config.tls_cert, config.tls_key)))
+        raise UsageError(f"--tls-cert {files}: {reason_of(error)}") from None
     return context
 
 
@@ -6740,8 +6753,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request.keep, self.wire.in_step = False, False
         if not request.path.startswith("/v1"):
             error = blame_our_key(self.context, error, request)
-        own = self.context.authorization_of(request).rpartition(" ")[2]     # a client's key that the target repeats
-        error.message = self._error_text = self.context.log.redact(error.message.replace(own or "\0", "***"))
+        error.message = self._error_text = self.context.log.redact(error.message)
         dialect = request_dialect(request.path)
         headers = list(error.headers)
         if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
@@ -6998,19 +7010,13 @@ AGENT_CONTEXT = 32_000                  # tokens: the instructions of Claude Cod
 def check(config: Config) -> int:
     """--check: asks the target through a real proxy on a free port, one line a finding; 0 when chats will work."""
     target = config.destination
+    for note in (*config.notes, *(f"{name} was read" for name in config.files)):
+        print(f"note        {note}")
     print(f"target      {target.url}" + (" with a key" if target.key else " without a key"))
-    server = ProxyServer(Context(config._replace(no_log=True, debug=False, client_key="")), ("127.0.0.1", 0))
+    server = ProxyServer(Context(config._replace(no_log=True, client_key="", tls_cert="")), ("127.0.0.1", 0))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
 
-    def ask(method: str, path: str, body: Optional[dict] = None) -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
-        connection.request(method, path, dump(body) if body else None)
-        answer = connection.getresponse()
-        data = answer.read()
-        if answer.status >= 400:
-            raise UpstreamError(error_text(data, answer.status))
-        return data
-
+    ask = functools.partial(answer_of, server)
     try:
         listed = as_list(as_dict(load_or_none(ask("GET", "/api/tags"))).get("models"))
         models = [entry for entry in listed if isinstance(as_dict(entry).get("name"), str)]
@@ -7032,10 +7038,9 @@ def check(config: Config) -> int:
     failed = {"context": f"{context} tokens, and agents need {AGENT_CONTEXT} or more"} if small else {}
     for name, path, wanted in CHECKS:
         body = {"model": (embedders or names)[0] if name == "embeddings" else chats[0]["name"], **wanted}
-        if "content" in body:
-            images = present(images=body.pop("images", None))
-            body["messages"] = [{"role": "user", "content": body.pop("content"), **images}]
-            body["options"] = {"num_predict": 64}
+        turn = {key: body.pop(key) for key in ("content", "images") if key in body}
+        if turn:
+            body.update(messages=[{"role": "user", **turn}], options={"num_predict": 64})
         for _ in range(TRIES.get(name, 1)):
             try:
                 verdict = f"works ({finding(name, ask('POST', path, body))})"
@@ -7057,6 +7062,20 @@ def check(config: Config) -> int:
     return int(useless or "chat" in failed)
 
 
+def answer_of(server: ProxyServer, method: str, path: str, body: Optional[dict] = None) -> bytes:
+    """What the proxy of --check answers.  Raises UpstreamError with the reason when it does not."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+    try:
+        connection.request(method, path, dump(body) if body else None)
+        answer = connection.getresponse()
+        data = answer.read()
+    except (OSError, http.client.HTTPException):    # nobody but the target breaks this connection
+        raise UpstreamError("the answer broke off") from None
+    if answer.status >= 400:
+        raise UpstreamError(error_text(data, answer.status))
+    return data
+
+
 def finding(name: str, data: bytes) -> str:
     """What an answer shows, in a few words.  Raises UpstreamError when it is not what was asked for."""
     if name == "embeddings":
@@ -7071,8 +7090,8 @@ def finding(name: str, data: bytes) -> str:
         raise UpstreamError("the answer is no JSON object")
     if name == "thinking" and not thinking:
         raise UpstreamError("no thinking came")
-    pieces = data.count(b"\n") - 1 if name == "stream" else 1
-    return f"{plural(pieces, 'piece')}, {plural(finish.usage.completion_tokens, 'token')}" \
+    pieces, tokens = data.count(b"\n") - 1 if name == "stream" else 1, finish.usage.completion_tokens
+    return f"{plural(pieces, 'piece')}, {'tokens not told' if tokens is None else plural(tokens, 'token')}" \
         + (f", calls {calls[0].name}" if calls else "")
 
 
@@ -7136,6 +7155,8 @@ def serve_workers(config: Config, server: ProxyServer, count: int) -> int:
 
 def main(argv: Optional[list] = None) -> int:
     """The command.  Returns the exit status: 0, 1 when it cannot run, 2 when it was called wrongly."""
+    with contextlib.suppress(AttributeError):       # a console or a file of Windows may not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     threading.stack_size(1024 * 1024)   # address space only: JSON of 200 levels needs a tenth of it
     try:
         config = Config.from_args(argv)

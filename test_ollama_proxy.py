@@ -1664,6 +1664,33 @@ def test_a_setting_that_cannot_be_used_is_one_clear_line(argv, environ, text):
     assert str(caught.value) == text
 
 
+@cases("flag, name", [("--env-file", ".env"), ("--models-filter", "models-filter.txt")])
+def test_a_file_that_is_there_and_closed_is_not_passed_over(start, monkeypatch, flag, name):
+    def closed(path, **_):
+        if path == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    Path(name).write_text("x=y")
+    monkeypatch.setattr(proxy_module, "open", closed, raising=False)
+    with pytest.raises(UsageError) as caught:
+        start()
+    assert str(caught.value) == f"{flag} {name}: permission denied"
+
+
+@cases("files, environ, notes", [
+    ({"models-filter.txt": "# nothing yet\n"}, {}, ("models-filter.txt: not a line in it, so no model is hidden",)),
+    ({"models-filter.txt": "m\n"}, {}, ()),
+    ({}, {"OLLAMA_PROXY_CLIENT_KEY": " "}, ("OLLAMA_PROXY_CLIENT_KEY is empty, so no key is asked for",)),
+    ({".env": "OLLAMA_PROXY_CLIENT_KEY=\n"}, {}, ("OLLAMA_PROXY_CLIENT_KEY is empty, so no key is asked for",)),
+    ({"venv": ""}, {}, ())])
+def test_what_leaves_a_door_open_is_told(files, environ, notes):
+    for name, text in files.items():
+        Path(name).write_text(text)
+    os.makedirs(".env", exist_ok=True) if "venv" in files else None     # as a virtual environment may be called
+    assert config(**environ).notes == notes
+
+
 @cases("flag, name", [("--env-file", "odd.env"), ("--env-file", ".env"), ("--models-filter", "models-filter.txt")])
 def test_a_file_that_cannot_be_read_is_named_with_its_flag(start, flag, name):
     Path(name).write_bytes(b"\xff")
@@ -2406,6 +2433,36 @@ def test_lists_are_asked_with_the_clients_own_key_where_keys_are_forwarded(start
     key = {"Authorization": "Bearer sk-client-key-1"}
     assert len(proxy.get("/api/tags", key)["models"]) == len(proxy.get("/api/ps", key)["models"]) == 4
     assert proxy.post("/api/show", {"model": "m"}, key).status == 200
+
+
+def test_lists_are_asked_with_our_key_where_there_is_one(start, target):
+    target.answers["/v1/models"] = lambda talk: talk.send(
+        http_answer(LIST) if talk.request.headers.get("authorization") == "Bearer sk-own-key" else http_answer({"error": "no"}, 401))
+    proxy = start("--forward-auth", "--target-api", "openai", "--api-key", "sk-own-key")
+    assert proxy.config.notes == ("--forward-auth: clients that send no key use that of --api-key",)
+    assert len(proxy.get("/api/tags", {"Authorization": "Bearer sk-junk-junk"})["models"]) == 4
+
+
+def test_a_clients_key_that_the_target_repeats_is_shown_to_nobody(start, target):
+    def parrot(talk):
+        talk.send(http_answer({"error": {"message": f"Incorrect API key: {talk.request.headers['authorization'].split()[1]}"}}, 401))
+
+    target.answers = {"/v1/models": parrot, "/v1/chat/completions": parrot}
+    proxy = start("--forward-auth", "--target-api", "openai", "--debug")
+    key = {"Authorization": "Bearer sk-alice-secret-1"}
+    assert proxy.call("GET", "/api/tags", None, key).status == 502
+    other = proxy.call("GET", "/api/tags")      # in whose answer the error of the list stands
+    answers = [other, proxy.post("/api/chat", {**CHAT, "model": "x"}, key), proxy.post("/v1/chat/completions", CHAT, key)]
+    assert all("Incorrect API key: ***" in answer.data.decode() for answer in answers)
+    proxy.wait_logged("/v1/chat/completions HTTP/1.1")
+    seen = "\n".join(proxy.logged + proxy.errors + [answer.data.decode() for answer in answers])
+    assert "Incorrect API key: ***" in seen and "alice" not in seen
+
+
+def test_a_header_that_is_no_secret_may_be_shown(start, target):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "no message, Bearer hush-hush"}}, 400)
+    proxy = start("--target-api", "openai", "--header", "X-Feature: message", "--header", "X-Token: hush-hush")
+    assert json.loads(proxy.post("/v1/chat/completions", CHAT).data) == {"error": {"message": "no message, Bearer ***"}}
 
 
 def test_trouble_with_our_key_is_no_401_for_ollama_clients(start, target):
@@ -5761,6 +5818,16 @@ def test_tls_towards_clients(start, target, certificate):
     with pytest.raises(UsageError) as caught:
         start("--tls-cert", "missing.pem")
     assert str(caught.value) == "--tls-cert missing.pem: no such file or directory"
+    with pytest.raises(UsageError) as caught:
+        start("--tls-cert", certificate.ca, "--tls-key", "missing.pem")
+    assert str(caught.value) == f"--tls-cert {certificate.ca} with --tls-key missing.pem: no such file or directory"
+
+
+def test_debug_tells_of_a_client_that_speaks_no_tls(start, certificate):
+    proxy = start("--tls-cert", certificate.both, "--target-api", "openai", "--debug")
+    with proxy.dial() as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert "[PROXY] the connection of 127.0.0.1 broke: " in proxy.wait_logged(" broke: ")
 
 
 class TunnelProxy:
@@ -8880,7 +8947,7 @@ def test_patterns_that_fit_no_model_are_told_once_the_list_is_known(start, targe
 
 @cases("argv, status, why", [
     ((), 400, "no such thing"), (("--api-key", "sk-target-1"), 401, "refused the key of this proxy (--api-key): no such"),
-    ((), 403, "wants a key (none is set: --api-key): no such thing")])
+    ((), 403, "wants a key (none is set: OLLAMA_PROXY_API_KEY or --api-key): no such thing")])
 @cases("path", ["/v1/chat/completions", "/v1/messages"])
 def test_the_log_says_why_a_relayed_request_was_refused(start, target, path, argv, status, why):
     target.answers[path] = http_answer({"error": {"message": "no such thing"}}, status)
@@ -8891,7 +8958,7 @@ def test_the_log_says_why_a_relayed_request_was_refused(start, target, path, arg
     assert why in line and line.endswith('"')
 
 
-@cases("argv, source", [((), "none is set: --api-key"), (("--api-key", "sk-target-1"), "--api-key")])
+@cases("argv, source", [((), "none is set: OLLAMA_PROXY_API_KEY or --api-key"), (("--api-key", "sk-target-1"), "--api-key")])
 def test_a_list_that_wants_a_key_names_the_flag(start, target, argv, source):
     target.answers["/v1/models"] = http_answer({"error": {"message": "Authentication Error"}}, 401)
     proxy = start("--target-api", "openai", *argv)
@@ -8931,8 +8998,8 @@ def test_an_unknown_model_is_answered_with_the_nearest_name(start, target):
 
 @cases("argv, environ, sentence", [
     (["--api-key", "sk-wrong-key"], {}, "refused the key of this proxy (--api-key)"),
-    ([], {}, "wants a key (none is set: --api-key)"),
-    ([], {"LITELLM_API_KEY": "sk-litellm"}, "wants a key (none is set: --api-key; LITELLM_API_KEY is read for --target litellm alone)"),
+    ([], {}, "wants a key (none is set: OLLAMA_PROXY_API_KEY or --api-key)"),
+    ([], {"LITELLM_API_KEY": "sk-litellm"}, "wants a key (none is set: OLLAMA_PROXY_API_KEY or --api-key; LITELLM_API_KEY is read for --target litellm alone)"),
     ([], {"OLLAMA_PROXY_API_KEY": "sk-wrong-key"}, "refused the key of this proxy (OLLAMA_PROXY_API_KEY)")])
 @cases("status, text", [(401, "no"), (400, "No connected db.")])         # LiteLLM without a database says the second
 def test_a_key_that_is_refused_is_told_with_its_place(start, target, argv, environ, sentence, status, text):
@@ -9147,6 +9214,14 @@ def test_an_option_that_ollama_does_not_know_may_be_of_any_type(start, target):
     assert start("--target-api", "openai").lines("/api/chat", {**CHAT, "options": {"max_tokens": "100", "x": []}})[-1]["done"]
 
 
+def test_a_fallback_that_leads_back_ends_after_one_turn(start, target):
+    proxy = start("--target-api", "openai", "--fallback", "http://127.0.0.1:9")
+    proxy.context.fallback = proxy.context.fallback._replace(port=proxy.port)
+    answer = proxy.post("/api/create", {"model": "x", "from": "m"})
+    assert answer.status == 508 and json.loads(answer.data) == {
+        "error": "this request came back to the proxy that sent it: its target leads to itself"}
+
+
 def test_a_socks_proxy_is_said_to_be_unsupported(start, monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
     answer = start("--target", "https://inference.example/v1", "--target-api", "openai").post("/api/chat", CHAT)
@@ -9225,6 +9300,33 @@ def test_who_stops_a_check_sees_no_traceback(target):
         assert target.go.wait(PATIENCE)
         process.send_signal(signal.SIGINT)
         assert (process.wait(PATIENCE), process.stderr.read()) == (1, "")
+
+
+def test_check_speaks_plainly_to_its_own_proxy_and_shows_the_notes(certificate):
+    Path(".env").write_text("OLLAMA_PROXY_TARGETS=x\n")
+    done = run_program("--check", "--demo", "--tls-cert", certificate.ca, "--tls-key", certificate.key)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(
+        "note        OLLAMA_PROXY_TARGETS is no setting (did you mean OLLAMA_PROXY_TARGET?)\nnote        .env was read\n"
+        "target      http://127.0.0.1:")
+
+
+def test_check_survives_a_stream_that_breaks_and_counts_that_are_missing(ollama_target):
+    def breaks(talk):
+        if talk.request.json.get("stream", True):
+            talk.send(stream_head("application/x-ndjson") + chunk(b'{"message": {"role": "assistant", "content": "Hel"}, "done": false}\n'))
+            shut(talk.sock)
+        talk.send(http_answer({"message": {"role": "assistant", "content": "Hello"}, "done": True}))
+
+    ollama_target.answers["/api/chat"] = breaks
+    done = run_program("--check", "--target-api", "ollama", ollama_target.url)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "chat        works (1 piece, tokens not told)\nstream      FAILED: the answer broke off\n" in done.stdout
+
+
+def test_a_console_that_knows_few_letters_loses_no_line(target):
+    target.answers["/v1/models"] = http_answer({"data": [{"id": "\u6a21\u578b"}]})
+    done = run_program("--check", target.url, PYTHONIOENCODING="cp1252")
+    assert "models      1: \\u6a21\\u578b:latest\n" in done.stdout and done.stderr == ""
 
 
 def test_check_tells_which_clients_are_ready(target):
@@ -9368,6 +9470,19 @@ def test_a_stream_that_breaks_is_told_in_the_log_as_well(start, target):
     assert proxy.errors == [f"stream of POST /api/chat broke: {text}"]
 
 
+@cases("frame, status", [({"error": {"message": "no", "code": "429"}}, 429), ({"error": {"message": "no", "code": "\u00b2"}}, 502)])
+def test_the_status_in_an_error_frame_is_a_number(start, target, frame, status):
+    target.answers["/v1/chat/completions"] = http_stream(sse(frame, done=False))
+    answer = start("--target-api", "openai").post("/api/chat", CHAT)
+    assert answer.status == status and json.loads(answer.data) == {"error": "no"}
+
+
+def test_a_duration_without_measure_is_measured_here(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(sse(delta("hi"), {**STOP, "timings": {"prompt_n": 1, "prompt_ms": 10 ** 400}}))
+    last = start("--target-api", "openai").lines("/api/chat", CHAT)[-1]
+    assert last["done"] and 0 < last["prompt_eval_duration"] < 10 ** 18
+
+
 @cases("path, body, answer, text", [
     ("/v1/messages", {"max_tokens": 5, "stream": False}, {"x": 1}, "upstream sent an answer without a message"),
     ("/v1/chat/completions", {"stream": True}, b"hello\n", "upstream sent a line that is not JSON: hello")])
@@ -9378,6 +9493,7 @@ def test_what_is_wrong_with_an_ollamas_answer_is_told(start, ollama_target, path
 
 
 @cases("answer, text", [(b"hello", "upstream sent embeddings that are not JSON: hello"),
+                        (b'{"data": [{"embedding": [1%b, 1]}]}' % (b"0" * 400), "upstream sent an embedding that is not a list of numbers"),
                         (b'{"data": [{"embedding": ["x"]}]}', "upstream sent an embedding that is not a list of numbers")])
 def test_what_is_wrong_with_embeddings_is_told(proxy, target, answer, text):
     target.answers["/v1/embeddings"] = http_answer(answer)
