@@ -138,13 +138,13 @@ DRAIN = 0.5                      # seconds for the end of an answer that nobody 
 LINGER = 2.0                     # seconds for a client to read a refusal while it still sends
 RELAY_WHOLE = 1024 * 1024        # a relayed answer up to this size is read whole: if it breaks, that still is a 502
 READ_SIZE = 64 * 1024
-POOL_SIZE = 512                  # idle connections kept to one target: as many as may come at once
+POOL_SIZE = 512                  # idle connections kept to one target; those beyond are closed after use
 POOL_IDLE = 50.0                 # seconds; common servers close after 60 or more
 CATALOGUE_FRESH = 15.0           # seconds a model list is believed without asking again
-FAILURE_MEMORY = 3.0             # seconds a target that gave no list is not asked again
+FAILURE_MEMORY = 3.0             # seconds after a failed list: the old one has to do, a target that hangs is left alone
 LIST_TIMEOUT = 10.0              # seconds for a model list: chats wait for the first one
 PROBE_TIMEOUT = 3.0              # seconds for what is nice to know; Home Assistant gives up on tags after 5
-SIGN_OF_LIFE = 30.0              # seconds an agent waits at most for something to read: it gives up after 300
+SIGN_OF_LIFE = 30.0              # seconds of silence until an agent is sent something to read: it gives up after 300
 ROUTE_MEMORY = 600.0             # seconds a target that lacks a route is not asked for it again
 CALL_EXTRAS = 2048               # tool calls whose provider extras are remembered
 DEFAULT_CONTEXT = 131072
@@ -3006,7 +3006,7 @@ RESPONSES = Dialect("responses", parse_responses, Encoder=ResponsesEncoder, rend
 
 # What opens reasoning, what closes it, and whether another mark may follow.  A model opens it before its first word,
 # or not at all; a mark that nothing closes stands before the answer.
-MARKS = (
+THINK_MARKS = (
     ("<think>", "</think>", False), ("<thinking>", "</thinking>", False), ("<thought>", "</thought>", False),
     ("<reasoning>", "</reasoning>", False), ("[THINK]", "[/THINK]", False),             # the last is Mistral's
     ("<seed:think>", "</seed:think>", False), ("◁think▷", "◁/think▷", False),           # ByteDance, Moonshot
@@ -3016,7 +3016,7 @@ MARKS = (
     ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|>", True),
     ("<|start|>assistant<|channel|>final<|message|>", "", False),
 )
-_CLOSERS = tuple(closer for _, closer, _ in MARKS[:5])
+_CLOSERS = tuple(closer for _, closer, _ in THINK_MARKS[:5])
 
 
 def partial_at(marks: Iterable, text: str) -> int:
@@ -3118,9 +3118,9 @@ class ThinkTags(Step):
 
     def _start(self) -> None:
         begun = self._held.lstrip()
-        if any(opener.startswith(begun) and opener != begun for opener, _, _ in MARKS):
+        if any(opener.startswith(begun) and opener != begun for opener, _, _ in THINK_MARKS):
             return
-        mark = next((mark for mark in MARKS if begun.startswith(mark[0])), None)
+        mark = next((mark for mark in THINK_MARKS if begun.startswith(mark[0])), None)
         if mark:
             self._held, self._closers, self._again = begun[len(mark[0]):], mark[1:2], mark[2]
             self._state = "inside" if mark[1] else "after"
@@ -3751,7 +3751,7 @@ SETTINGS = (
     Setting("--max-connections", "N", MAX_CONNECTIONS, "clients at once; others get 503", _number(int, 1)),
     Setting("--grace", "S", GRACE, "time for streams to end after SIGTERM", _number(float, 0)),
     Setting("--debug", "", False, "print requests, answers and chunks, with keys hidden"),
-    Setting("--no-log", "", False, "print nothing but errors"),
+    Setting("--no-log", "", False, "print nothing while it runs"),
     Setting("--env-file", "FILE", "", "read this file instead of .env; real variables win"),
     Setting("--demo", "", False, "start a tiny server inside and use it"),
     Setting("--check", "", False, "ask the server everything that clients need, print the findings, exit"))
@@ -4013,7 +4013,8 @@ RDHUP = getattr(select, "POLLRDHUP", 0)         # Linux: tells a hang-up from by
 def is_ready(sock: Any, mask: int = 1) -> bool:
     """Whether something can be read (or, with RDHUP, whether the peer has ended), without waiting.
 
-    poll() because select() refuses descriptors from 1024 up; Windows has only select().
+    1 is POLLIN, a name that Windows lacks.  poll() because select() refuses descriptors from 1024 up; Windows has
+    only select().
     """
     if not hasattr(select, "poll"):
         return bool(select.select([sock], [], [], 0)[0])
@@ -4169,7 +4170,7 @@ class Wire:
 
     def __init__(self, sock: Any, patience: float) -> None:
         self.sock, self.patience = sock, patience
-        self.endurance = 0.0            # seconds of silence that a body may have, with b"" for each `patience` of them
+        self.endurance = 0.0            # a body may be silent for so long, and gives b"" after each `patience`
         self.buffer = b""               # has come, was not asked for yet
         self.in_step = True             # at the boundary of a message, not inside a head or body
         self._allowed = 0.0
@@ -4369,7 +4370,7 @@ class Reply:
         wire.in_step = False            # the generator says so itself only once it runs
 
     def pieces(self, pause: float = 0.0) -> Iterator[bytes]:
-        """Body bytes as they come, framing and compression off; with a `pause` also b"" for so many silent seconds.
+        """Body bytes as they come, framing and compression off; with a `pause` also b"" after each so long silence.
 
         Raises StreamTruncated, UpstreamTimeout, BadUpstreamPayload, each after what came before it; or ClientGone.
         """
@@ -5427,7 +5428,7 @@ class CallExtras:
         return digest_of(json.dumps([call.id, call.name, call.arguments], sort_keys=True).replace(".0", ""))
 
 # ----------------------------------------------------------------------------
-# Room 14.  Operations: one short function per verb
+# Room 14.  Operations: what they share, then one short function per verb
 # ----------------------------------------------------------------------------
 
 
@@ -5467,7 +5468,7 @@ def request_dialect(path: str) -> Dialect:
 
 class Response:
     """What the client gets: `lines`, lists of pieces as they come, `length` bytes altogether if that is known; a whole
-    `body` is one of them.  `failure` is the reason of an error that is passed on, for the log."""
+    `body` becomes one list of one piece.  `failure` is the reason of an error that is passed on, for the log."""
 
     def __init__(self, status: int, body: bytes = b"", media_type: str = JSON, headers: Iterable = (),
                  lines: Optional[Iterable] = None, length: Optional[int] = None) -> None:
@@ -5578,7 +5579,7 @@ class Context:
         self._ask_again = -1e9          # not before: the target did not answer
         self._lock = threading.Lock()
         self.client_authorization = ""  # with --forward-auth: the last that came in by the door, for lists
-        self.mark = call_id()           # tells requests that went through this proxy
+        self.ident = call_id()          # tells requests that went through this proxy
         self.catalogue = Catalogue(config, self.fetch, self.api, self.log.say)
 
     def api(self) -> str:
@@ -5614,8 +5615,8 @@ class Context:
         own = ("api-key", target.key) if target.key_header == "api-key" else ("Authorization", f"Bearer {target.key}")
         secret = [("Authorization", client)] if client else [own] if target.key else []
         secret += [pair for pair in self.config.header if not client or pair[0].lower() != "authorization"]
-        marks = [request.headers[MARK]] if request is not None and MARK in request.headers else []
-        return OWN_HEADERS + (secret if key else []) + [(MARK, ", ".join(marks + [self.mark]))]
+        marks = [request.headers[LOOP_HEADER]] if request is not None and LOOP_HEADER in request.headers else []
+        return OWN_HEADERS + (secret if key else []) + [(LOOP_HEADER, ", ".join(marks + [self.ident]))]
 
     def authorization_of(self, request: Optional[Request]) -> str:
         """The client's own Authorization, when it is to be passed on; the key of our own door never is.  Lists are
@@ -5645,7 +5646,7 @@ class Context:
             return reply.status, reply.headers, told
 
 
-MARK = "x-ollama-proxy"                 # the proxies that a request came through
+LOOP_HEADER = "x-ollama-proxy"                 # the proxies that a request came through
 OWN_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
 _PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api-key lm-studio not-needed no-key
     no-key-required sk-no-key-required api-key-not-set default-key okki changeme your-api-key""".split())
@@ -6568,7 +6569,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """How many requests are being answered."""
         return sum(self.answering.values())
 
-    def mark(self, connection: Any, answering: bool) -> None:
+    def note(self, connection: Any, answering: bool) -> None:
         """A request on `connection` has come, or was answered."""
         with self.changed:
             self.answering[connection] = answering
@@ -6615,7 +6616,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self.context.config.client_timeout)
             self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
         self.wire = ClientWire(self.connection, self.context.config.client_timeout)
-        self.server.mark(self.connection, False)
+        self.server.note(self.connection, False)
 
     def finish(self) -> None:
         """Closes the TLS socket, which has taken the plain one over."""
@@ -6644,7 +6645,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             complain(error)
             self._log(200)
         finally:
-            self.server.mark(self.connection, False)
+            self.server.note(self.connection, False)
 
     def respond(self, scope: Scope) -> Response:
         """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
@@ -6653,14 +6654,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             head = self.wire.head()
             if head is None:
                 raise ClientGone("client closed the connection")
-            self.server.mark(self.connection, True)
+            self.server.note(self.connection, True)
             request = self.asked = parse_request_head(head, self._names_us)
             self.wire.in_step, context = not (request.length or request.chunked), self.context
             self._check_origin(request)
             if request.method == "OPTIONS":
                 return Response(204, headers=preflight_headers(request))
             self._authorize(request)
-            if context.mark in request.headers.get(MARK, ""):
+            if context.ident in request.headers.get(LOOP_HEADER, ""):
                 context.log.say("a request came back to this proxy: its target leads to itself")
                 raise BadRequest("this request came back to the proxy that sent it: its target leads to itself", 508)
             context.client_authorization = context.authorization_of(request) or context.client_authorization
@@ -7030,12 +7031,12 @@ def check(config: Config) -> int:
         taken = " (it is taken for an Ollama: --target-api, OLLAMA_BASE_URL)" * (config.target_api == "ollama")
         print(paint(f"FAILED      {error.message}{taken}", False, sys.stdout))
         return 1
-    context = as_dict(chats[0].get("details")).get("context_length") or "not told"
-    print(f"model       {chats[0]['name']} (the first; --models-filter chooses): context {context}, "
+    window = as_dict(chats[0].get("details")).get("context_length") or "not told"
+    print(f"model       {chats[0]['name']} (the first; --models-filter chooses): context {window}, "
           + ", ".join(chats[0].get("capabilities", ())))
     embedders = [entry["name"] for entry in models if "embedding" in entry.get("capabilities", ())]
-    small = isinstance(context, int) and context < AGENT_CONTEXT
-    failed = {"context": f"{context} tokens, and agents need {AGENT_CONTEXT} or more"} if small else {}
+    small = isinstance(window, int) and window < AGENT_CONTEXT
+    failed = {"context": f"{window} tokens, and agents need {AGENT_CONTEXT} or more"} if small else {}
     for name, path, wanted in CHECKS:
         body = {"model": (embedders or names)[0] if name == "embeddings" else chats[0]["name"], **wanted}
         turn = {key: body.pop(key) for key in ("content", "images") if key in body}
@@ -7054,7 +7055,7 @@ def check(config: Config) -> int:
         missing: dict = {}              # reason -> what it is the reason for
         for need in filter(failed.get, needs.split()):
             missing.setdefault(failed[need], []).append(need)
-        verdict = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
+        verdict = "; ".join(f"{', '.join(unmet)}: {reason}" for reason, unmet in missing.items())
         verdict = f"not ready: {verdict}" if missing else "ready"
         print(paint(f"{client:<22} {verdict}", not missing, sys.stdout))
     ready, useless = sum(failed.keys().isdisjoint(needs.split()) for needs in CLIENTS.values()), "stream" in failed
