@@ -2428,7 +2428,7 @@ def stream_error(value: dict) -> UpstreamError:
     text = error_sentence(value) or "upstream reported an error without a text"
     error = as_dict(value.get("error"))
     for status in (error.get("status_code"), error.get("code"), value.get("code"), error.get("status")):
-        if isinstance(status, str) and status.isdecimal():
+        if isinstance(status, str) and re.fullmatch("[0-9]{3}", status):
             status = int(status)
         if isinstance(status, int) and 400 <= status <= 599:
             return UpstreamRefused(text, status, body=value)
@@ -3783,8 +3783,8 @@ class Config(collections.namedtuple("Config", [row.field for row in SETTINGS]
     def secrets(self) -> tuple:
         """Every text that must never be shown."""
         found = [self.destination.key, self.client_key]
-        found += [text for name, value in self.header if re.search("auth|cookie|key|pass|secret|token", name, re.I)
-                  for text in (value, *value.split())]
+        found += [text for name, value in self.header for text in (value, *value.split())
+                  if re.search("auth|cookie|cred|jwt|key|pass|secret|sess|sign|token", name, re.I)]
         for part in self.destination.query.split("&"):
             name, _, value = part.partition("=")
             found += [value, urllib.parse.unquote_plus(value)] if name != "api-version" else []
@@ -3930,15 +3930,14 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def read_lines(path: Optional[str], present: str, label: str) -> list[str]:
     """The lines of the text file `path`, or of `present` if there is such a file.  Raises UsageError."""
+    if not path and not os.path.isfile(present):
+        return []
     try:
         with open(path or present, encoding="utf-8-sig") as file:
             return file.read().splitlines()
-    except OSError as error:
-        if path or os.path.isfile(present):
-            raise UsageError(f"{label} {path or present}: {str(error.strerror).lower()}") from None
-    except ValueError:
-        raise UsageError(f"{label} {path or present}: not a UTF-8 text") from None
-    return []
+    except (OSError, ValueError) as error:
+        why = str(error.strerror).lower() if isinstance(error, OSError) else "not a UTF-8 text"
+        raise UsageError(f"{label} {path or present}: {why}") from None
 
 
 def read_env_file(path: Optional[str]) -> tuple[dict, list]:
@@ -4357,7 +4356,6 @@ class Reply:
             raise BadUpstreamPayload(f"upstream sent a bad Content-Length: {one_line(length, 40)}")
         self.length = int(length) if length is not None else None       # as announced, also for HEAD
         self.content_type = self.headers.get("content-type", "")
-        self.secret = b""               # the key that was sent: some servers repeat it when they refuse it
         bodiless = method == "HEAD" or self.status in (204, 304)
         # Exactly one framing: with neither the body ends with the connection, with both it smells of smuggling.
         self._keep = "close" not in options and (minor == 1 or "keep-alive" in options) \
@@ -4391,8 +4389,11 @@ class Reply:
                 raise BadUpstreamPayload(f"upstream sent an answer of more than {limit} bytes")
             if size > limit:
                 break
-        data = b"".join(found)[:limit]
-        return data.replace(self.secret, b"***") if self.status >= 400 and len(self.secret) > 6 else data
+        return b"".join(found)[:limit]
+
+    def hide_key(self, data: bytes) -> bytes:
+        """`data` without the key that the client sent along: some servers repeat it when they refuse it."""
+        return data.replace(self.secret, b"***") if len(self.secret) > 3 else data
 
     def close(self, patience: float = 0.0, client: Any = None) -> None:
         """Gives the connection back, or ends it.  The end of a body that nobody needs more of is waited for up to
@@ -4449,7 +4450,8 @@ class Upstream:
                 if wire is not reused or not isinstance(error, _NoAnswer) or time.monotonic() - began > 2.0:
                     raise
             wire = self._dial(scope, target, via, min(self._config.connect_timeout, patience))
-        reply.secret = dict(headers).get("Authorization", "").rpartition(" ")[2].encode("latin-1")
+        sent = dict(headers).get("Authorization", "").partition(" ")[2].strip()
+        reply.secret = b"" if sent == target.key else sent.encode("latin-1")    # ours is hidden by the log
         if 300 <= reply.status < 400 and reply.status != 304:
             reply.close()
             where = reply.headers.get("location", "").partition("?")[0]
@@ -4679,7 +4681,7 @@ def read_model(entry: dict) -> Optional[ModelInfo]:
         told = {"running": True, "format": "gguf", **told}
     arguments = list(map(str, as_list(status.get("args"))))
     for flag, value in zip(arguments, arguments[1:]):
-        if flag in ("--ctx-size", "-c") and value.isdecimal():
+        if flag in ("--ctx-size", "-c") and re.fullmatch("[0-9]{1,12}", value):
             told.setdefault("context_now", int(value))
     told["parameter_size"] = told.get("parameter_size") or human_count(told.get("parameter_count"))
     told.setdefault("parameter_count", parse_count(told["parameter_size"]))
@@ -5640,13 +5642,13 @@ class Context:
         with Scope(self) as scope:
             headers = self.headers() + [("Accept", JSON)]
             reply = scope.open(self.target, "GET", self.path(native, path), headers, b"", timeout)
-            data = reply.read(64 * 1024 * 1024)
+            data = reply.hide_key(reply.read(64 * 1024 * 1024))
             value = load_or_none(data)
             told = error_text(data, reply.status) if value is None and reply.status >= 400 else value
             return reply.status, reply.headers, told
 
 
-LOOP_HEADER = "x-ollama-proxy"                 # the proxies that a request came through
+LOOP_HEADER = "x-ollama-proxy"          # the proxies that a request came through
 OWN_HEADERS = [("User-Agent", f"ollama-proxy/{__version__}"), ("Accept-Encoding", "identity")]
 _PLACEHOLDERS = frozenset("""undefined null none ollama dummy test key token api-key lm-studio not-needed no-key
     no-key-required sk-no-key-required api-key-not-set default-key okki changeme your-api-key""".split())
@@ -5662,7 +5664,7 @@ def is_real_key(authorization: str) -> bool:
 def refusal(reply: Reply) -> UpstreamRefused:
     """An error answer of the target, read and understood."""
     try:
-        data = reply.read(MAX_ERROR_BYTES, cut=True)
+        data = reply.hide_key(reply.read(MAX_ERROR_BYTES + MAX_HEAD_BYTES, cut=True))[:MAX_ERROR_BYTES]
     except (StreamTruncated, BadUpstreamPayload):
         data = b""                      # the status is worth more than half a text
     wait_for = reply.headers.get("retry-after") or reply.headers.get("llm_provider-retry-after")
@@ -5757,7 +5759,8 @@ def converse(request: Request, scope: Scope) -> Response:
     context, config, client = scope.context, scope.context.config, request.route.dialect
     target = DIALECTS[context.api()]
     call = client.parse_chat(load_request(unpacked(request)), request.route.face)
-    info = context.catalogue.resolve(call.model, client is not OLLAMA)
+    own = context.target.key and context.authorization_of(request)      # may have models that our key does not list
+    info = context.catalogue.resolve(call.model, client is not OLLAMA or bool(own))
     if not call.messages and call.prompt is None:
         context.catalogue.refuse_when_down()    # nothing is loaded where nobody answers
         return json_response(load_answer(call, context.clock.stamp()))
@@ -6754,7 +6757,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             request.keep, self.wire.in_step = False, False
         if not request.path.startswith("/v1"):
             error = blame_our_key(self.context, error, request)
-        error.message = self._error_text = self.context.log.redact(error.message)
+        own = self.context.authorization_of(request).partition(" ")[2].strip()     # some repeat it with status 200
+        error.message = self._error_text = self.context.log.redact(error.message.replace(own or "\0", "***"))
         dialect = request_dialect(request.path)
         headers = list(error.headers)
         if request.path.startswith("/v1") and (error.status < 500 and error.status not in (408, 409, 425, 429)):
@@ -6982,7 +6986,7 @@ def banner(server: ProxyServer) -> None:
 
 def paint(text: str, good: bool, stream: Any) -> str:
     """`text` in green or red on a terminal, unless NO_COLOR is set (no-color.org)."""
-    plain = not stream.isatty() or os.environ.get("NO_COLOR")
+    plain = stream is None or not stream.isatty() or os.environ.get("NO_COLOR")
     return text if plain else f"\x1b[{32 if good else 31}m{text}\x1b[0m"
 
 
@@ -7010,16 +7014,14 @@ AGENT_CONTEXT = 32_000                  # tokens: the instructions of Claude Cod
 
 def check(config: Config) -> int:
     """--check: asks the target through a real proxy on a free port, one line a finding; 0 when chats will work."""
-    target = config.destination
     for note in (*config.notes, *(f"{name} was read" for name in config.files)):
         print(f"note        {note}")
-    print(f"target      {target.url}" + (" with a key" if target.key else " without a key"))
+    print(f"target      {config.destination.url} {'with' if config.destination.key else 'without'} a key")
     server = ProxyServer(Context(config._replace(no_log=True, client_key="", tls_cert="")), ("127.0.0.1", 0))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
 
-    ask = functools.partial(answer_of, server)
     try:
-        listed = as_list(as_dict(load_or_none(ask("GET", "/api/tags"))).get("models"))
+        listed = as_list(as_dict(load_or_none(answer_of(server, "GET", "/api/tags"))).get("models"))
         models = [entry for entry in listed if isinstance(as_dict(entry).get("name"), str)]
         names = [entry["name"] for entry in models]
         print(f"speaks      {'Ollama' if server.context.api() == 'ollama' else 'OpenAI'} API")
@@ -7044,7 +7046,7 @@ def check(config: Config) -> int:
             body.update(messages=[{"role": "user", **turn}], options={"num_predict": 64})
         for _ in range(TRIES.get(name, 1)):
             try:
-                verdict = f"works ({finding(name, ask('POST', path, body))})"
+                verdict = f"works ({finding(name, answer_of(server, 'POST', path, body))})"
                 failed.pop(name, None)
                 break
             except ProxyError as error:

@@ -1687,7 +1687,8 @@ def test_a_file_that_is_there_and_closed_is_not_passed_over(start, monkeypatch, 
 def test_what_leaves_a_door_open_is_told(files, environ, notes):
     for name, text in files.items():
         Path(name).write_text(text)
-    os.makedirs(".env", exist_ok=True) if "venv" in files else None     # as a virtual environment may be called
+    if "venv" in files:
+        os.makedirs(".env")             # as a virtual environment may be called
     assert config(**environ).notes == notes
 
 
@@ -2457,6 +2458,44 @@ def test_a_clients_key_that_the_target_repeats_is_shown_to_nobody(start, target)
     proxy.wait_logged("/v1/chat/completions HTTP/1.1")
     seen = "\n".join(proxy.logged + proxy.errors + [answer.data.decode() for answer in answers])
     assert "Incorrect API key: ***" in seen and "alice" not in seen
+
+
+@cases("key", ["sk-alice-secret-1", "sk-abc", "two words of-a-key"])
+@cases("status", [200, 401])
+def test_a_clients_key_is_hidden_whatever_the_status(start, target, status, key):
+    def parrot(talk):
+        talk.send(http_answer({"error": {"message": f"bad key <{talk.request.headers.get('authorization')}>", "code": 401}}, status))
+
+    target.answers = {"/v1/models": parrot, "/v1/chat/completions": parrot, "/v1/embeddings": parrot}
+    proxy = start("--forward-auth", "--target-api", "openai", "--models-filter", os.devnull)
+    key = {"Authorization": f"Bearer {key}"}
+    answers = [proxy.call("GET", "/api/tags", None, key), proxy.call("GET", "/api/tags"), proxy.post("/api/chat", CHAT, key),
+               proxy.post("/api/embed", {"model": "m", "input": "x"}, key)]
+    assert all(json.loads(answer.data)["error"].endswith("bad key <Bearer ***>") for answer in answers[2:]), answers
+    proxy.wait_logged("/api/embed")
+    seen = "".join(proxy.logged + proxy.errors + [answer.data.decode() for answer in answers])
+    assert "***" in seen and key["Authorization"] not in seen
+
+
+def test_the_key_of_the_proxy_may_be_a_word(start, target):
+    target.answers["/v1/chat/completions"] = http_answer({"error": {"message": "bad key message"}}, 400)
+    assert json.loads(start("--target-api", "openai", "--api-key", "message").post("/api/chat", CHAT).data) == {"error": "bad key ***"}
+
+
+def test_a_key_at_the_end_of_a_long_error_is_hidden_too(start, target):
+    limit = proxy_module.MAX_ERROR_BYTES
+    target.answers["/v1/chat/completions"] = http_answer(b"x" * (limit - 5) + b"sk-alice-secret-1" + b"x" * 99, 401)
+    answer = start("--forward-auth", "--target-api", "openai").post("/v1/chat/completions", CHAT, {"Authorization": "Bearer sk-alice-secret-1"})
+    assert answer.data == b"x" * (limit - 5) + b"***xx"
+
+
+def test_a_client_may_use_models_that_only_its_own_key_lists(start, target):
+    target.answers["/v1/chat/completions"] = http_stream(HELLO)
+    proxy = start("--forward-auth", "--target-api", "openai", "--api-key", "sk-own-key")
+    mine = {**CHAT, "model": "mine"}
+    assert proxy.post("/api/chat", mine, {"Authorization": "Bearer sk-client-key-1"}).status == 200
+    assert target.calls("/v1/chat/completions")[-1].json["model"] == "mine"
+    assert proxy.post("/api/chat", mine).status == 404
 
 
 def test_a_header_that_is_no_secret_may_be_shown(start, target):
@@ -9470,7 +9509,8 @@ def test_a_stream_that_breaks_is_told_in_the_log_as_well(start, target):
     assert proxy.errors == [f"stream of POST /api/chat broke: {text}"]
 
 
-@cases("frame, status", [({"error": {"message": "no", "code": "429"}}, 429), ({"error": {"message": "no", "code": "\u00b2"}}, 502)])
+@cases("frame, status", [({"error": {"message": "no", "code": "429"}}, 429), ({"error": {"message": "no", "code": "\u00b2"}}, 502),
+                          ({"error": {"message": "no", "code": "4" * 5000}}, 502)])
 def test_the_status_in_an_error_frame_is_a_number(start, target, frame, status):
     target.answers["/v1/chat/completions"] = http_stream(sse(frame, done=False))
     answer = start("--target-api", "openai").post("/api/chat", CHAT)
