@@ -6654,12 +6654,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """framing -> Host and Origin -> preflight -> key -> route -> body -> operation.  Raises ClientGone alone."""
         try:
             self.wire.in_step = False     # until a head is parsed nobody knows where the next request begins
-            head = self.wire.head()
+            head, context = self.wire.head(), self.context
             if head is None:
                 raise ClientGone("client closed the connection")
             self.server.note(self.connection, True)
             request = self.asked = parse_request_head(head, self._names_us)
-            self.wire.in_step, context = not (request.length or request.chunked), self.context
+            self.wire.in_step = not (request.length or request.chunked)
             self._check_origin(request)
             if request.method == "OPTIONS":
                 return Response(204, headers=preflight_headers(request))
